@@ -1,0 +1,699 @@
+"""Options and settings: checked when made, frozen afterwards. Any process.
+
+In come what users pass and, where they pass nothing, `dask.config`, which no other
+module reads. Out come plain values: seconds as float, sizes in bytes. Importing
+registers the defaults of ``daskserve.yaml`` with `dask.config` and does nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import threading
+import unicodedata
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from enum import Enum
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeGuard
+
+import dask.config
+import yaml
+from dask.utils import parse_bytes, parse_timedelta
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
+from starlette.middleware import Middleware
+
+_DEFAULTS = yaml.safe_load(Path(__file__).with_name("daskserve.yaml").read_text())
+dask.config.update_defaults(_DEFAULTS)
+
+_MAX_NAME_LENGTH = 200
+#: A number and a unit. Dask alone takes ".5s" for 1.5 seconds and "MB" for 1 MB.
+_QUANTITY = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)? *[A-Za-z]*", re.I)
+
+
+class Default(Enum):
+    """Type of `DEFAULT`: an option not given, where None has a meaning of its own."""
+
+    DEFAULT = "DEFAULT"
+
+    def __repr__(self) -> str:
+        return "DEFAULT"
+
+
+DEFAULT = Default.DEFAULT
+
+
+def duration(value: object) -> float:
+    """Return a time in seconds.
+
+    Parameters
+    ----------
+    value
+        Seconds as a number, a `datetime.timedelta`, or a string as Dask takes it, such
+        as ``"500ms"`` or ``"2 minutes"``; zero or more.
+
+    Returns
+    -------
+    float
+        Seconds.
+
+    Raises
+    ------
+    ValueError
+        If `value` is negative, not finite, a bool or no time at all.
+
+    Examples
+    --------
+    >>> duration("500ms")
+    0.5
+    """
+    try:
+        seconds = _seconds(value)
+    except (KeyError, OverflowError):  # no such unit; a float cannot hold it
+        seconds = math.nan
+    # Threads and sockets refuse to wait for longer than TIMEOUT_MAX (292 years).
+    if not 0 <= seconds <= threading.TIMEOUT_MAX:
+        raise ValueError(
+            f"{value!r} is not a duration: give seconds, 0 or more, or a string such "
+            "as '500ms' or '2 minutes'"
+        )
+    return seconds
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if _is_number(value):
+        return float(value)
+    if isinstance(value, str) and _QUANTITY.fullmatch(value.strip()):
+        return float(parse_timedelta("0" + value.strip()))
+    return math.nan
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _positive(value: float) -> float:
+    if value > 0:
+        return value
+    raise ValueError(f"{value!r} is not allowed: give more than 0")
+
+
+def _byte_count(value: object) -> int:
+    try:
+        if _is_whole(value) and value >= 0:
+            return int(value)
+        if isinstance(value, str) and _QUANTITY.fullmatch(value.strip()):
+            return parse_bytes(value.strip())
+    except (ValueError, OverflowError):  # no such unit; a float cannot hold it
+        pass
+    raise ValueError(
+        f"{value!r} is not a size: give a number of bytes, 0 or more, or a string such "
+        "as '4 GiB'"
+    )
+
+
+def _whole_number(minimum: int, maximum: int | None = None) -> PlainValidator:
+    allowed = f"of {minimum} or more" if maximum is None else f"{minimum}-{maximum}"
+
+    def check(value: object) -> int:
+        if _is_whole(value) and minimum <= value <= (maximum or value):
+            return int(value)
+        raise ValueError(f"{value!r} is not allowed: give a whole number {allowed}")
+
+    return PlainValidator(check)
+
+
+def _where(allowed: Callable[[Any], object], rule: str) -> PlainValidator:
+    def check(value: Any) -> Any:
+        if allowed(value):
+            return value
+        raise ValueError(f"{value!r} is not allowed: {rule}")
+
+    return PlainValidator(check)
+
+
+def _secret(value: object) -> SecretStr:
+    if isinstance(value, str):
+        value = SecretStr(value)
+    if isinstance(value, SecretStr) and value.get_secret_value():
+        return value
+    kind = "an empty one" if isinstance(value, SecretStr) else type(value).__name__
+    raise ValueError(f"must be a string that is not empty (got {kind}), or None")
+
+
+def _bearer(value: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"[!-~]+", value.get_secret_value()):
+        raise ValueError(
+            "must have visible ASCII characters only, because it travels in a header"
+        )
+    return value
+
+
+def _path_prefix(value: object) -> str:
+    """Check a path that goes in front of others: of a deployment or a whole server."""
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not allowed: give a string")
+    for breach, rule in (
+        (not value.startswith("/"), "start with '/'"),
+        (value.endswith("/") and value != "/", "not end with '/'"),
+        ("//" in value, "not contain '//'"),
+        ("{" in value or "}" in value, "not contain '{' or '}'"),
+        (re.search(r"\s", value), "not contain whitespace"),
+    ):
+        if breach:
+            raise ValueError(f"{value!r} is not a path prefix: it must {rule}")
+    return value
+
+
+def _root_path(value: object) -> str:
+    if value == "/":
+        raise ValueError("'/' is not a root path: give '' for none")
+    return "" if value == "" else _path_prefix(value)
+
+
+def _middlewares(value: object) -> tuple[Middleware, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{value!r} is not a list of starlette.middleware.Middleware")
+    for index, element in enumerate(value):
+        if not isinstance(element, Middleware):
+            raise ValueError(
+                f"element {index} is {element!r} and not a "
+                "starlette.middleware.Middleware: write Middleware(cls, **options)"
+            )
+    return tuple(value)
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{value!r} is not a name: give a string that is not empty")
+    if len(value) > _MAX_NAME_LENGTH:
+        raise ValueError(
+            f"{value!r} is not a name: {len(value)} characters, over {_MAX_NAME_LENGTH}"
+        )
+    for character in value:
+        if character in "/#" or unicodedata.category(character) in ("Cc", "Cs"):
+            raise ValueError(f"{value!r} is not a name: it contains {character!r}")
+    return value
+
+
+def _resources(value: object) -> dict[str, float]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is not a dict such as {{'GPU': 1}}")
+    for key, amount in value.items():
+        if not isinstance(key, str) or not key:
+            raise ValueError(f"{key!r} is not the name of a resource")
+        if not _is_number(amount) or not 0 < amount < math.inf:
+            raise ValueError(f"{amount!r} of {key!r}: give a number above 0")
+    return {key: float(amount) for key, amount in value.items()}
+
+
+def _workers(value: object) -> tuple[str, ...]:
+    addresses = (value,) if isinstance(value, str) else value
+    if (
+        not isinstance(addresses, (list, tuple, set, frozenset))
+        or not addresses
+        or not all(isinstance(address, str) and address for address in addresses)
+    ):
+        raise ValueError(
+            f"{value!r} is not allowed: give a worker's address, name or host, or a "
+            "list of some"
+        )
+    return tuple(addresses)
+
+
+Seconds = Annotated[float, PlainValidator(duration)]
+PositiveSeconds = Annotated[Seconds, AfterValidator(_positive)]
+ByteCount = Annotated[int, PlainValidator(_byte_count)]
+Text = Annotated[
+    str,
+    _where(
+        lambda value: isinstance(value, str) and value,
+        "give a string, not an empty one",
+    ),
+]
+Flag = Annotated[
+    bool, _where(lambda value: isinstance(value, bool), "give True or False")
+]
+Secret = Annotated[SecretStr, PlainValidator(_secret)]
+Count = Annotated[int, _whole_number(1)]
+Host = Annotated[
+    str,
+    _where(
+        lambda value: isinstance(value, str) and re.fullmatch(r"[^\s/]+", value),
+        "give a name or address such as '0.0.0.0', or None for no HTTP server",
+    ),
+]
+Location = Annotated[
+    Literal["HeadOnly", "EveryNode", "NoServer"],
+    _where(
+        lambda value: value in ("HeadOnly", "EveryNode", "NoServer"),
+        "give 'HeadOnly', 'EveryNode', 'NoServer' or None",
+    ),
+]
+
+
+def _configured(key: str) -> Any:
+    """Take the default of a field from `dask.config` whenever an object is made."""
+    key = f"daskserve.{key}"
+    # `dask.config.set({"daskserve.http": {"port": 80}})` drops the other keys there.
+    packaged = dask.config.get(key, config=_DEFAULTS)
+    return Field(default_factory=lambda: dask.config.get(key, default=packaged))
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        arbitrary_types_allowed=True,
+        validate_default=True,
+        # Our messages show values themselves, but for secrets.
+        hide_input_in_errors=True,
+    )
+
+
+class _Options(_Frozen):
+    """Base of what users pass: says which option is unknown, and what there is."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = cls._rename(data)
+        names = list(cls.model_fields)
+        for name in data:
+            if name not in cls.model_fields:
+                close = difflib.get_close_matches(str(name), names, n=1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                raise ValueError(
+                    f"{name!r} is not an option: {hint}the options are "
+                    + ", ".join(names)
+                )
+        return data
+
+    @classmethod
+    def _rename(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Translate older names of options."""
+        return data
+
+
+class HTTPOptions(_Options):
+    """Where and how HTTP servers run: `start`'s ``http_options``.
+
+    What is not given comes from ``daskserve.http.*`` of `dask.config`.
+    `model_fields_set` has the names of what was given.
+
+    Parameters
+    ----------
+    host
+        Name or address to bind; None for no server.
+    port
+        0 to 65535; 0 takes any free one.
+    location
+        ``"HeadOnly"``: one server on the scheduler's host. ``"EveryNode"``: one on
+        every worker. ``"NoServer"`` or None: none.
+    root_path
+        What a proxy in front strips from paths; ``""`` or as in ``"/serve"``.
+    middlewares
+        `starlette.middleware.Middleware` around everything, outermost first.
+    request_timeout_s
+        Seconds until a response must have started; None for no limit.
+    keep_alive_timeout_s
+        Seconds after which an idle connection is closed.
+    max_request_body_bytes
+        Larger bodies are refused; bytes or a string such as ``"4 GiB"``; None for no
+        limit.
+    debug
+        Whether responses to failed requests have the traceback.
+    ssl_certfile, ssl_keyfile, ssl_ca_certs
+        Paths of PEM files on the server's host. The first two go together.
+    ssl_keyfile_password
+        Password of `ssl_keyfile`; never shown.
+    uds
+        Path of a Unix socket to bind in place of `host` and `port`.
+    token
+        Secret that requests must carry; never shown. None: no check.
+
+    Raises
+    ------
+    pydantic.ValidationError
+        A `ValueError`; if an option is unknown or its value is not allowed.
+
+    Examples
+    --------
+    >>> HTTPOptions(port=0, request_timeout_s="500ms").request_timeout_s
+    0.5
+    """
+
+    host: Host | None = _configured("http.host")
+    port: Annotated[int, _whole_number(0, 65535)] = _configured("http.port")
+    location: Location | None = _configured("http.location")
+    root_path: Annotated[str, PlainValidator(_root_path)] = _configured(
+        "http.root-path"
+    )
+    middlewares: Annotated[tuple[Middleware, ...], PlainValidator(_middlewares)] = ()
+    request_timeout_s: PositiveSeconds | None = _configured("http.request-timeout")
+    keep_alive_timeout_s: Seconds = _configured("http.keep-alive-timeout")
+    max_request_body_bytes: ByteCount | None = _configured(
+        "http.max-request-body-bytes"
+    )
+    debug: Flag = _configured("http.debug")
+    ssl_certfile: Text | None = _configured("http.ssl-certfile")
+    ssl_keyfile: Text | None = _configured("http.ssl-keyfile")
+    ssl_keyfile_password: Secret | None = _configured("http.ssl-keyfile-password")
+    ssl_ca_certs: Text | None = _configured("http.ssl-ca-certs")
+    uds: Text | None = _configured("http.uds")
+    token: Annotated[Secret, AfterValidator(_bearer)] | None = _configured("http.token")
+
+    @model_validator(mode="after")
+    def _check_ssl(self) -> Self:
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError(
+                f"ssl_certfile={self.ssl_certfile!r} and "
+                f"ssl_keyfile={self.ssl_keyfile!r} must be given together"
+            )
+        for name in ("ssl_keyfile_password", "ssl_ca_certs"):
+            if getattr(self, name) is not None and self.ssl_certfile is None:
+                raise ValueError(f"{name} needs ssl_certfile and ssl_keyfile")
+        return self
+
+    @classmethod
+    def from_user(cls, options: Mapping[str, Any] | HTTPOptions | None) -> Self:
+        """Check what a user passed.
+
+        Parameters
+        ----------
+        options
+            Options by name; None for none.
+
+        Raises
+        ------
+        TypeError
+            If `options` is not a mapping.
+        pydantic.ValidationError
+            A `ValueError`; if an option is unknown or its value is not allowed.
+        """
+        if isinstance(options, cls):
+            return options
+        if options is not None and not isinstance(options, Mapping):
+            raise TypeError(
+                f"http_options must be a dict, not of type {type(options).__name__}"
+            )
+        return cls.model_validate(dict(options or {}))
+
+    @property
+    def server_enabled(self) -> bool:
+        """Whether there is to be any HTTP server."""
+        return self.location not in (None, "NoServer") and self.host is not None
+
+    def difference(self, other: HTTPOptions) -> dict[str, tuple[Any, Any]]:
+        """Return the options that differ, as ``{name: (own value, other's value)}``.
+
+        Secrets are shown as ``"<hidden>"`` and middlewares by class. Middlewares are
+        compared by class, args and kwargs; classes and functions count as equal if
+        module and name are, as one that comes from another process is never the same
+        object.
+        """
+        return {
+            name: (_shown(getattr(self, name)), _shown(getattr(other, name)))
+            for name in HTTPOptions.model_fields
+            if _comparable(getattr(self, name)) != _comparable(getattr(other, name))
+        }
+
+    def __repr_args__(self) -> list[tuple[str | None, Any]]:
+        return [(name, _shown(getattr(self, name))) for name in type(self).model_fields]
+
+
+def _shown(value: Any) -> Any:
+    """Return what may be printed: a middleware's arguments can be secrets as well."""
+    if isinstance(value, SecretStr):
+        return "<hidden>"
+    if isinstance(value, Middleware):
+        return getattr(value.cls, "__name__", type(value.cls).__name__)
+    if isinstance(value, tuple):
+        return [_shown(element) for element in value]
+    return value
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, Middleware):
+        return [_comparable(part) for part in value]
+    if isinstance(value, (list, tuple)):
+        return [_comparable(element) for element in value]
+    if isinstance(value, dict):
+        return {key: _comparable(element) for key, element in value.items()}
+    if callable(value) and hasattr(value, "__qualname__"):
+        return value.__module__, value.__qualname__
+    return value
+
+
+class DeploymentOptions(_Options):
+    """How a deployment runs: `deployment`'s keywords.
+
+    What is not given comes from ``daskserve.deployment.*`` of `dask.config` if it is
+    there.
+
+    Parameters
+    ----------
+    name
+        1 to 200 characters, without ``/``, ``#`` and control characters.
+    route_prefix
+        Path that HTTP requests begin with, such as ``"/counter"``; None for no HTTP;
+        `DEFAULT`, if not given, for ``/{name}``.
+    num_replicas
+        1 or more.
+    init_args, init_kwargs
+        Arguments of the constructor.
+    version, prev_version
+        Names of this version and of the one that it is to replace.
+    user_config
+        What `reconfigure` gets.
+    max_ongoing_requests
+        Requests that a replica works on at once, 1 or more. ``max_concurrent_queries``
+        is an older name of it.
+    max_queued_requests
+        Requests that may wait, over all replicas, 0 or more; None, or -1, for no limit.
+    resources
+        Dask resources that each replica takes, such as ``{"GPU": 1}``.
+    workers
+        Addresses, names or hosts of workers that replicas may run on, or one such.
+    health_check_period_s, health_check_timeout_s
+        Seconds between checks of a replica, and until a check counts as failed.
+    graceful_shutdown_timeout_s
+        Seconds that a replica's requests may take to end before it is stopped.
+    graceful_shutdown_wait_loop_s
+        Seconds between looks at whether they have ended.
+    request_timeout_s
+        Seconds until a response must have started; None for that of `HTTPOptions`.
+    deploy_timeout_s
+        Seconds after which `deploy` raises if replicas are not healthy.
+    autoscaling_config
+        Reserved; only None.
+
+    Raises
+    ------
+    TypeError
+        If `init_args`, `init_kwargs`, `version` or `prev_version` has a wrong type.
+    pydantic.ValidationError
+        A `ValueError`; if an option is unknown or its value is not allowed.
+
+    Examples
+    --------
+    >>> DeploymentOptions(name="Counter").effective_route_prefix
+    '/Counter'
+    """
+
+    name: Annotated[str, PlainValidator(_name)]
+    route_prefix: str | Default | None = DEFAULT
+    num_replicas: Count = _configured("deployment.num-replicas")
+    init_args: tuple[Any, ...] = Field(default=(), repr=False)
+    init_kwargs: dict[str, Any] = Field(default_factory=dict, repr=False)
+    version: str | None = None
+    prev_version: str | None = None
+    user_config: Any = Field(default=None, repr=False)
+    max_ongoing_requests: Count = _configured("deployment.max-ongoing-requests")
+    max_queued_requests: Annotated[int, _whole_number(0)] | None = _configured(
+        "deployment.max-queued-requests"
+    )
+    resources: Annotated[dict[str, float], PlainValidator(_resources)] | None = None
+    workers: Annotated[tuple[str, ...], PlainValidator(_workers)] | None = None
+    health_check_period_s: PositiveSeconds = _configured(
+        "deployment.health-check-period"
+    )
+    health_check_timeout_s: PositiveSeconds = _configured(
+        "deployment.health-check-timeout"
+    )
+    graceful_shutdown_timeout_s: Seconds = _configured(
+        "deployment.graceful-shutdown-timeout"
+    )
+    graceful_shutdown_wait_loop_s: Seconds = _configured(
+        "deployment.graceful-shutdown-wait-loop"
+    )
+    request_timeout_s: PositiveSeconds | None = _configured(
+        "deployment.request-timeout"
+    )
+    deploy_timeout_s: PositiveSeconds = _configured("deployment.deploy-timeout")
+    autoscaling_config: dict[str, Any] | None = None
+
+    @classmethod
+    def _rename(cls, data: dict[str, Any]) -> dict[str, Any]:
+        if "max_concurrent_queries" not in data:
+            return data
+        data = dict(data)
+        older = data.pop("max_concurrent_queries")
+        newer = data.setdefault("max_ongoing_requests", older)
+        if newer != older:
+            raise ValueError(
+                f"max_concurrent_queries={older!r} is the older name of "
+                f"max_ongoing_requests={newer!r}: give one of them"
+            )
+        return data
+
+    @field_validator("route_prefix", mode="plain")
+    @classmethod
+    def _check_route_prefix(cls, value: object) -> str | Default | None:
+        if value is None or isinstance(value, Default):
+            return value
+        return _path_prefix(value)
+
+    # Pydantic lets a TypeError through as it is, and makes a ValidationError of a
+    # ValueError only.
+
+    @field_validator("init_args", mode="plain")
+    @classmethod
+    def _check_init_args(cls, value: object) -> tuple[Any, ...]:
+        if not isinstance(value, (tuple, list)):
+            raise TypeError(f"init_args must be a tuple, not {value!r}")
+        return tuple(value)
+
+    @field_validator("init_kwargs", mode="plain")
+    @classmethod
+    def _check_init_kwargs(cls, value: object) -> dict[str, Any]:
+        if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
+            raise TypeError(f"init_kwargs must be a dict with str keys, not {value!r}")
+        return dict(value)
+
+    @field_validator("version", "prev_version", mode="plain")
+    @classmethod
+    def _check_version(cls, value: object) -> str | None:
+        if value is not None and not isinstance(value, str):
+            raise TypeError(
+                f"version and prev_version must be a str or None, not {value!r}"
+            )
+        return value
+
+    @field_validator("max_queued_requests", mode="before")
+    @classmethod
+    def _read_no_limit(cls, value: object) -> object:
+        return None if isinstance(value, Integral) and value == -1 else value
+
+    @field_validator("autoscaling_config", mode="plain")
+    @classmethod
+    def _refuse_autoscaling(cls, value: object) -> None:
+        if value is not None:
+            raise ValueError(
+                f"autoscaling_config is not supported yet: give num_replicas and not "
+                f"{value!r}"
+            )
+
+    @model_validator(mode="after")
+    def _check_default_route(self) -> Self:
+        if self.route_prefix is DEFAULT:
+            try:
+                _path_prefix(f"/{self.name}")
+            except ValueError as error:
+                raise ValueError(
+                    f"name={self.name!r} makes no route, give a route_prefix: {error}"
+                ) from None
+        return self
+
+    @property
+    def effective_route_prefix(self) -> str | None:
+        """Path that HTTP requests begin with; None for no HTTP."""
+        if isinstance(self.route_prefix, Default):
+            return f"/{self.name}"
+        return self.route_prefix
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a checked copy with other values.
+
+        A default `route_prefix` follows a new `name`. Nothing is taken from
+        `dask.config` again.
+
+        Parameters
+        ----------
+        **changes
+            Options as in the constructor.
+
+        Raises
+        ------
+        TypeError, pydantic.ValidationError
+            As the constructor.
+        """
+        return type(self).model_validate({**dict(self), **self._rename(changes)})
+
+
+class Settings(_Frozen):
+    """What only `dask.config` sets: ``daskserve.controller.*``, ``.transport.*``.
+
+    Parameters
+    ----------
+    tick_s
+        Seconds between two looks of the controller at what is and what should be.
+    ack_timeout_s
+        Seconds that the controller waits for a proxy or handle to confirm new routes.
+    max_constructor_failures
+        Failing constructors for each replica wanted before a deployment has failed.
+    max_constructor_failures_total
+        Upper limit of that for a whole deployment.
+    window_bytes
+        Bytes of one request or response that may be on their way unread.
+    connect_timeout_s
+        Seconds for opening a connection to a replica's worker.
+    """
+
+    tick_s: PositiveSeconds = _configured("controller.tick")
+    ack_timeout_s: Seconds = _configured("controller.ack-timeout")
+    max_constructor_failures: Count = _configured("controller.max-constructor-failures")
+    max_constructor_failures_total: Count = _configured(
+        "controller.max-constructor-failures-total"
+    )
+    window_bytes: Annotated[ByteCount, AfterValidator(_positive)] = _configured(
+        "transport.window"
+    )
+    connect_timeout_s: PositiveSeconds = _configured("transport.connect-timeout")
+
+    @classmethod
+    def load(cls) -> Self:
+        """Return the present values of `dask.config`.
+
+        Raises
+        ------
+        pydantic.ValidationError
+            A `ValueError`; if one of them is not allowed.
+        """
+        return cls()
+
+    def constructor_failure_limit(self, num_replicas: int) -> int:
+        """Return how many constructors may fail before `num_replicas` are given up."""
+        return min(
+            self.max_constructor_failures * num_replicas,
+            self.max_constructor_failures_total,
+        )
