@@ -1,0 +1,214 @@
+"""``@ingress(app)``: an ASGI app frozen where users decorate, built in each replica."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, TypeGuard, TypeVar, cast
+
+from fastapi import APIRouter, FastAPI
+from starlette.applications import Starlette
+from starlette.types import ASGIApp
+
+from daskserve.exceptions import PicklingError
+from daskserve.frozen_app import FrozenApp, bind, freeze
+
+T = TypeVar("T")
+
+_ATTRIBUTE = "__daskserve_ingress__"
+_ACCEPTED = (
+    "a FastAPI or Starlette app, a FastAPI APIRouter, an ASGI 3 callable, a function "
+    'without arguments that returns one of these, or an import string "module:attr"'
+)
+_WAY_OUT = (
+    " Pass @serve.ingress a function without arguments that makes the app, or an import"
+    ' string "module:attr": the app is then made in each replica and need not travel.'
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ingress:
+    """The app of a class, on its way to the replicas; picklable along with the class.
+
+    Parameters
+    ----------
+    source
+        The app, frozen; or the function or import string that it is made from.
+    """
+
+    source: FrozenApp | Callable[[], object] | str
+
+    def build(self, instance: object) -> ASGIApp:
+        """Make the app that serves one replica.
+
+        Parameters
+        ----------
+        instance
+            The replica's instance: what the class's routes get as ``self``.
+
+        Returns
+        -------
+        ASGIApp
+            A copy of its own for every call; with an import string of an app that
+            has no routes of any class, the app in the module itself.
+
+        Raises
+        ------
+        PicklingError
+            A module or name that the app needs is missing in this process.
+        ImportError
+            The import string leads nowhere.
+        TypeError
+            The function or import string does not lead to an app.
+        """
+        if isinstance(self.source, FrozenApp):
+            return self.source.build(instance)
+        app: Any = self.source
+        if isinstance(app, str):
+            app = _import(app)
+        if _is_factory(app):
+            app = app()
+        asgi = _as_asgi(app)
+        if asgi is None:
+            if inspect.iscoroutine(app):
+                app.close()
+            raise TypeError(f"{self.source!r} gave {app!r}; it must give {_ACCEPTED}.")
+        return bind(asgi, instance)
+
+
+def ingress(app: object) -> Callable[[type[T]], type[T]]:
+    """Serve a class's HTTP requests with an ASGI app.
+
+    Methods that the app has as endpoints get the replica's instance as ``self``. Where
+    several classes use one app, each serves the app's plain routes and its own.
+
+    The app is frozen when the class is decorated: what is added to it later is not
+    served. Code that refers to a module's global app sees that module's app, not the
+    one that is served; ``request.app`` always is.
+
+    Parameters
+    ----------
+    app
+        A FastAPI or Starlette app, a FastAPI ``APIRouter``, an ASGI 3 callable, a
+        function without arguments that returns one of these, or an import string
+        ``"module:attr"`` of an app or of such a function. Functions and import strings
+        are resolved in the replica.
+
+    Returns
+    -------
+    callable
+        A class decorator; it returns the class itself.
+
+    Raises
+    ------
+    TypeError
+        ``app`` is none of these, or what is decorated is not a class.
+    ValueError
+        A string that is not of the form ``"module:attr"``.
+    PicklingError
+        The app cannot travel to the replicas; the text says what is in the way.
+
+    Examples
+    --------
+    >>> from fastapi import FastAPI
+    >>> app = FastAPI()
+    >>> @ingress(app)
+    ... class Greeter:
+    ...     @app.get("/{name}")
+    ...     def greet(self, name: str) -> str:
+    ...         return f"Hello {name}"
+    """
+    if isinstance(app, str):
+        if not re.fullmatch(r"[\w.]+:[\w.]+", app):
+            raise ValueError(
+                f'The import string {app!r} must have the form "module:attr".'
+            )
+    elif _as_asgi(app) is None and not _is_factory(app):
+        raise TypeError(f"@serve.ingress takes {_ACCEPTED}; it was given {app!r}.")
+
+    def decorate(cls: type[T]) -> type[T]:
+        if not isinstance(cls, type):
+            raise TypeError(
+                f"@serve.ingress decorates classes; it was applied to {cls!r}. Put it "
+                "below @serve.deployment, next to the class."
+            )
+        # Not earlier: the class body has given a router its routes since.
+        asgi = None if isinstance(app, str) else _as_asgi(app)
+        source: Any = app if asgi is None else _freeze(asgi, cls)
+        setattr(cls, _ATTRIBUTE, Ingress(source))
+        return cls
+
+    return decorate
+
+
+def find_ingress(target: object) -> Ingress | None:
+    """Return what `ingress` attached to a class or to one of its bases.
+
+    Parameters
+    ----------
+    target
+        Anything that can be deployed.
+
+    Returns
+    -------
+    Ingress or None
+        None for functions and for classes without.
+
+    Examples
+    --------
+    >>> find_ingress(print) is None
+    True
+    """
+    found = getattr(target, _ATTRIBUTE, None) if isinstance(target, type) else None
+    return found if isinstance(found, Ingress) else None
+
+
+def _freeze(app: ASGIApp, cls: type) -> FrozenApp:
+    what = f"The {type(app).__name__} app given to @serve.ingress for {cls.__name__}"
+    try:
+        return freeze(app, cls, what=what)
+    except PicklingError as err:
+        raise PicklingError(f"{err}.{_WAY_OUT}") from (err.__cause__ or err)
+
+
+def _as_asgi(app: object) -> ASGIApp | None:
+    """Return ``app`` as an ASGI app, or None if it is something else."""
+    if isinstance(app, APIRouter):
+        wrapper = FastAPI()
+        wrapper.include_router(app)
+        return wrapper
+    if isinstance(app, Starlette):
+        return app
+    # A class that can be made without arguments, such as FastAPI itself, is a factory.
+    is_class_factory = isinstance(app, type) and _takes(app, 0)
+    return cast(ASGIApp, app) if _takes(app, 3) and not is_class_factory else None
+
+
+def _is_factory(app: object) -> TypeGuard[Callable[[], object]]:
+    return _takes(app, 0) and _as_asgi(app) is None
+
+
+def _takes(function: object, count: int) -> bool:
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _import(reference: str) -> object:
+    module, _, attribute = reference.partition(":")
+    try:
+        return attrgetter(attribute)(importlib.import_module(module))
+    except (ImportError, AttributeError) as err:
+        raise ImportError(
+            f"The ingress app {reference!r} cannot be imported in this process: {err}. "
+            "Its module must be importable on the workers: install it there or send it "
+            "with client.upload_file(...)."
+        ) from err

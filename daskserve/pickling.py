@@ -1,0 +1,288 @@
+"""User code and apps as opaque bytes: made where users call, read in a replica.
+
+cloudpickle, plus what FastAPI apps need, plus errors that say what is in the way.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copyreg
+import functools
+import io
+import pickle
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import cloudpickle
+from starlette.datastructures import State
+
+from daskserve.exceptions import PicklingError
+
+_PROTOCOL = 5
+_LOCK_FACTORIES: dict[type, Callable[[], object]] = {
+    type(threading.Lock()): threading.Lock,
+    type(threading.RLock()): threading.RLock,
+}
+#: How many objects are looked at to find the way to one that cannot be pickled.
+_MAX_SEARCHED = 50_000
+
+
+class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc, unused-ignore]
+    """A cloudpickle pickler that also takes Starlette's ``State`` and locks.
+
+    Locks arrive as new ones that nobody holds.
+
+    Parameters
+    ----------
+    file
+        Where the bytes go.
+    """
+
+    #: The object that was about to be pickled last: the culprit when it fails.
+    last: object = None
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=_PROTOCOL)
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Reduce what pickle and cloudpickle cannot, or not so that it loads."""
+        self.last = obj
+        if isinstance(obj, State):
+            # Its __getattr__ recurses for ever on an instance without its __dict__,
+            # which is what pickle asks for __setstate__.
+            blank = (type(obj),)
+            return copyreg.__newobj__, blank, vars(obj), None, None, _fill  # type: ignore[attr-defined]
+        if make_lock := _LOCK_FACTORIES.get(type(obj)):
+            return make_lock, ()
+        reduced = super().reducer_override(obj)
+        if isinstance(obj, FunctionType) and isinstance(reduced, tuple):
+            # cloudpickle takes the globals along that the code names; FastAPI also
+            # evaluates annotations, which may be strings.
+            _, slots = reduced[2]
+            slots["__globals__"] |= {
+                name: obj.__globals__[name]
+                for name in _names_in_annotations(obj)
+                if name in obj.__globals__
+            }
+        return reduced
+
+
+def _names_in_annotations(function: FunctionType) -> Iterator[str]:
+    for annotation in function.__annotations__.values():
+        if isinstance(annotation, str):
+            with contextlib.suppress(SyntaxError):
+                for node in ast.walk(ast.parse(annotation, mode="eval")):
+                    if isinstance(node, ast.Name):
+                        yield node.id
+
+
+def _fill(obj: object, attributes: dict[str, object]) -> None:
+    vars(obj).update(attributes)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, shared: Sequence[object]) -> None:
+        super().__init__(file)
+        self._shared = shared
+
+    def persistent_load(self, pid: Any) -> object:
+        return self._shared[pid]
+
+
+def dumps(
+    obj: object,
+    *,
+    what: str,
+    pickler: Callable[[io.BytesIO], Pickler] = Pickler,
+    within: object = None,
+) -> bytes:
+    """Pickle user code or a value of the user's.
+
+    Parameters
+    ----------
+    obj
+        What is to travel.
+    what
+        How errors name it, such as ``"deployment 'Counter'"``.
+    pickler
+        Makes the pickler; for subclasses that leave parts out.
+    within
+        The object in which errors say where the culprit is; default ``obj``.
+
+    Returns
+    -------
+    bytes
+        For `loads`.
+
+    Raises
+    ------
+    PicklingError
+        A part of ``obj`` cannot be pickled; the text says which, and where it is.
+
+    Examples
+    --------
+    >>> loads(dumps([1, 2], what="a list"))
+    [1, 2]
+    """
+    with io.BytesIO() as file:
+        maker = pickler(file)
+        try:
+            maker.dump(obj)
+        except Exception as err:
+            root = obj if within is None else within
+            text = f"{what} cannot be pickled: {_describe(maker.last, root)}{err}"
+            raise PicklingError(text) from err
+        return file.getvalue()
+
+
+def loads(data: bytes, *, shared: Sequence[object] = ()) -> object:
+    """Unpickle what `dumps` made.
+
+    Parameters
+    ----------
+    data
+        The bytes.
+    shared
+        What persistent ids 0, 1, ... in ``data`` stand for.
+
+    Returns
+    -------
+    object
+        The object that was pickled, or its copy.
+
+    Raises
+    ------
+    PicklingError
+        A module, or a name in one, is missing in this process.
+
+    Examples
+    --------
+    >>> loads(dumps({"a": 1}, what="a dict"))
+    {'a': 1}
+    """
+    try:
+        return _Unpickler(io.BytesIO(data), shared).load()
+    except (ImportError, AttributeError) as err:
+        raise PicklingError(
+            f"User code cannot be loaded in this process: {err}. Its modules must be "
+            "importable here in the same version: install them on the workers, send "
+            "one file with client.upload_file(...), or call "
+            "cloudpickle.register_pickle_by_value(module) before deploying."
+        ) from err
+
+
+def is_importable(obj: Any) -> bool:
+    """Whether a function or class can be found again by module and name.
+
+    Parameters
+    ----------
+    obj
+        A function or class.
+
+    Returns
+    -------
+    bool
+        False in ``__main__``, whose names mean something else elsewhere.
+    """
+    module = sys.modules.get(getattr(obj, "__module__", None) or "")
+    if module is None or module.__name__ == "__main__":
+        return False
+    try:
+        return attrgetter(obj.__qualname__)(module) is obj
+    except AttributeError:
+        return False
+
+
+def _describe(culprit: object, root: object) -> str:
+    """Say where ``culprit`` is in ``root`` and what it is, or nothing."""
+    if culprit is None or culprit is root:
+        return ""
+    kind = f"{type(culprit).__module__}.{type(culprit).__qualname__}"
+    path = _find(culprit, root)
+    return f"{path} is a {kind} object: " if path else f"a {kind} object is in it: "
+
+
+def _find(target: object, root: object) -> str | None:
+    """Return the shortest way from ``root`` to ``target`` as text."""
+    start = getattr(root, "__qualname__", type(root).__name__)
+    seen, queue = {id(root)}, deque([(start, root)])
+    while queue and len(seen) < _MAX_SEARCHED:
+        path, obj = queue.popleft()
+        for step, child in _children(obj):
+            if child is target:
+                return path + step
+            if id(child) not in seen:
+                seen.add(id(child))
+                queue.append((path + step, child))
+    return None
+
+
+def _children(obj: Any) -> Iterator[tuple[str, object]]:
+    """Yield what is pickled along with ``obj``, and how to get there."""
+    match obj:
+        case str() | bytes() | int() | float() | None | ModuleType():
+            return
+        case dict():
+            yield from ((f"[{key!r}]", value) for key, value in list(obj.items()))
+        case list() | tuple() | set() | frozenset():
+            for index, item in enumerate(obj):
+                # Of a list of routes, the path says more than the position.
+                path = getattr(item, "path", None)
+                yield f"[{path if isinstance(path, str) else index!r}]", item
+        case State():
+            yield from ((f".{name}", value) for name, value in obj._state.items())
+        case FunctionType():
+            if not is_importable(obj):
+                yield from _function_children(obj)
+        case MethodType():
+            yield from ((".__self__", obj.__self__), ("", obj.__func__))
+        case functools.partial():
+            yield from (("", obj.func), (".args", obj.args), ("", obj.keywords))
+        case staticmethod() | classmethod():
+            yield "", obj.__func__
+        case type():
+            if not is_importable(obj):
+                yield from ((f".{name}", value) for name, value in vars(obj).items())
+        case _:
+            yield from _attributes(obj)
+
+
+def _function_children(function: FunctionType) -> Iterator[tuple[str, object]]:
+    of = f" of {function.__name__}()"
+    code = function.__code__
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield f", closure variable {name!r}{of}", cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    for name in _global_names(code):
+        if name in function.__globals__:
+            yield f", global {name!r}{of}", function.__globals__[name]
+    for default in function.__defaults__ or ():
+        yield f", a default{of}", default
+    for name, default in (function.__kwdefaults__ or {}).items():
+        yield f", default {name!r}{of}", default
+    yield "", vars(function)
+
+
+def _global_names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _global_names(constant)
+
+
+def _attributes(obj: object) -> Iterator[tuple[str, object]]:
+    for name, value in getattr(obj, "__dict__", {}).items():
+        yield f".{name}", value
+    for klass in type(obj).__mro__:
+        slots = vars(klass).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if not name.startswith("__") and hasattr(obj, name):
+                yield f".{name}", getattr(obj, name)
