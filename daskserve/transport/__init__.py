@@ -1,0 +1,1 @@
+"""What carries requests between processes: from proxies and handles to replicas."""

@@ -1,0 +1,343 @@
+"""Many exchanges on one connection, from a caller to a worker. Any process.
+
+Two carriers: a Dask comm to the worker's own address (no port of ours, the cluster's
+TLS holds), and a mailbox for replicas in the caller's process. Both carry the tuples of
+`messages`; whoever uses a `Channel` cannot tell them apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
+
+import msgpack
+from distributed.protocol import to_serialize
+
+from daskserve.exceptions import RequestError
+from daskserve.transport.loops import Mailbox
+from daskserve.transport.messages import (
+    CALL,
+    GRANT,
+    OP_CHANNEL,
+    REFUSED,
+    REQUEST,
+    Message,
+)
+
+logger = logging.getLogger(__name__)
+
+#: From this size on a batch goes as a frame of its own, not copied into msgpack again.
+OWN_FRAME_BYTES = 64 * 1024
+
+
+class ReplyTo(Protocol):
+    """Where a replica sends its messages; hashable, one for each channel."""
+
+    def send(self, message: Message) -> None:
+        """Queue `message`; any thread."""
+
+
+class Inbox(Protocol):
+    """A replica's end of all channels."""
+
+    def put(self, reply_to: ReplyTo, message: Message) -> None:
+        """Hand `message` to the replica; any thread."""
+
+    def forget(self, reply_to: ReplyTo) -> None:
+        """Cancel what came from `reply_to`: its caller is gone; any thread."""
+
+
+class ConnectionLostError(RequestError):
+    """The way to the replica broke; `sent` tells whether the request may be in it."""
+
+    def __init__(self, text: str, sent: bool) -> None:
+        super().__init__(text, sent)
+        self.sent = sent
+
+
+class CommPipe:
+    """Batches of messages over one Dask comm; everything on one loop.
+
+    Parameters
+    ----------
+    comm
+        An established Dask comm that is ours alone.
+    deliver
+        Called with every batch that arrives.
+    """
+
+    def __init__(self, comm: Any, deliver: Callable[[list[Message]], None]) -> None:
+        self._comm = comm
+        self._deliver = deliver
+        self._outbox: list[Message] = []
+        self._wake: asyncio.Future[None] | None = None
+
+    def send(self, message: Message) -> None:
+        """Queue `message`; all that is queued in one turn of the loop goes at once."""
+        self._outbox.append(message)
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    async def run(self) -> None:
+        """Read and write until either end closes or breaks."""
+        writer = asyncio.ensure_future(self._write())
+        try:
+            while True:
+                packed = await self._comm.read()
+                self._deliver(
+                    msgpack.unpackb(
+                        packed,
+                        use_list=False,
+                        strict_map_key=False,
+                        unicode_errors="surrogatepass",
+                    )
+                )
+        except OSError:  # CommClosedError is one
+            pass
+        finally:
+            writer.cancel()
+            self._comm.abort()
+            await asyncio.wait([writer])
+
+    def close(self) -> None:
+        """Close the comm, which ends `run` at both ends."""
+        self._comm.abort()
+
+    async def _write(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                if not self._outbox:
+                    self._wake = loop.create_future()
+                    await self._wake
+                    self._wake = None
+                batch, self._outbox = self._outbox, []
+                packed = msgpack.packb(batch, unicode_errors="surrogatepass")
+                large = len(packed) >= OWN_FRAME_BYTES
+                await self._comm.write(to_serialize(packed) if large else packed)
+        except OSError as err:
+            logger.debug("channel %s broke: %s", self._comm, err)
+            self._comm.abort()
+
+
+class Exchange:
+    """A caller's end of one request or call: messages in, in order, or a failure."""
+
+    __slots__ = ("_failure", "_messages", "_waiter", "exchange_id", "on_grant")
+
+    def __init__(self, exchange_id: int) -> None:
+        self.exchange_id = exchange_id
+        self._messages: deque[Message] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._failure: BaseException | None = None
+        #: Told of the bytes of the request's body that the replica will take.
+        self.on_grant: Callable[[int], None] | None = None
+
+    def push(self, message: Message) -> None:
+        """Add what the replica sent."""
+        if message[0] == GRANT:
+            if self.on_grant is not None:
+                self.on_grant(message[2])
+            return
+        self._messages.append(message)
+        self._notify()
+
+    def fail(self, failure: BaseException) -> None:
+        """Make `next` raise `failure`, after what has arrived already."""
+        if self._failure is None:
+            self._failure = failure
+            self._notify()
+
+    async def next(self) -> Message:
+        """Return the next message; raise what `fail` was given if there is none."""
+        while not self._messages:
+            if self._failure is not None:
+                raise self._failure
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._messages.popleft()
+
+    def _notify(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Channel:
+    """A caller's connection to one place: a worker, or its own process."""
+
+    def __init__(self) -> None:
+        self._exchanges: dict[int, Exchange] = {}
+        self._last_id = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether no exchange is open."""
+        return not self._exchanges
+
+    def open(self) -> Exchange:
+        """Begin an exchange; `close` it in any case."""
+        self._last_id += 1
+        exchange = self._exchanges[self._last_id] = Exchange(self._last_id)
+        return exchange
+
+    def close_exchange(self, exchange: Exchange) -> None:
+        """End an exchange; what still comes for it is dropped."""
+        self._exchanges.pop(exchange.exchange_id, None)
+
+    def send(self, message: Message) -> None:
+        """Send a caller's message."""
+        raise NotImplementedError  # pragma: no cover
+
+    def close(self, reason: str) -> None:
+        """Close the connection; exchanges that are open fail with `reason`."""
+        raise NotImplementedError  # pragma: no cover
+
+    def _receive(self, batch: list[Message]) -> None:
+        for message in batch:
+            exchange = self._exchanges.get(message[1])
+            if exchange is not None:
+                exchange.push(message)
+
+    def _fail_all(self, reason: str, *, sent: bool) -> None:
+        exchanges, self._exchanges = self._exchanges, {}
+        for exchange in exchanges.values():
+            exchange.fail(ConnectionLostError(reason, sent))
+
+
+class CommChannel(Channel):
+    """A channel over a Dask comm; connects by itself, once.
+
+    Parameters
+    ----------
+    address
+        The worker's Dask address.
+    connect
+        Opens a comm to an address.
+    on_close
+        Called once when the connection has ended or could not be made.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        connect: Callable[[str], Awaitable[Any]],
+        on_close: Callable[[CommChannel], None],
+    ) -> None:
+        super().__init__()
+        self.address = address
+        self._connect = connect
+        self._on_close = on_close
+        self._early: list[Message] = []
+        self._pipe: CommPipe | None = None
+        self._task = asyncio.ensure_future(self._run())
+
+    def send(self, message: Message) -> None:
+        """Send a caller's message; it waits here until the connection is made."""
+        if self._pipe is not None:
+            self._pipe.send(message)
+        else:
+            self._early.append(message)
+
+    def close(self, reason: str) -> None:
+        """Close the connection; exchanges that are open fail with `reason`."""
+        self._fail_all(reason, sent=self._pipe is not None)
+        self._task.cancel()
+
+    async def wait_closed(self) -> None:
+        """Wait for the connection's task to end, after `close`."""
+        await asyncio.wait([self._task])
+
+    async def _run(self) -> None:
+        reason, sent = f"the connection to worker {self.address} was lost", True
+        try:
+            try:
+                comm = await self._connect(self.address)
+                await comm.write({"op": OP_CHANNEL, "reply": False})
+            except (OSError, asyncio.TimeoutError) as err:
+                reason, sent = f"cannot connect to worker {self.address}: {err}", False
+                return
+            self._pipe = CommPipe(comm, self._receive)
+            for message in self._early:
+                self._pipe.send(message)
+            self._early.clear()
+            await self._pipe.run()
+        except Exception as err:
+            logger.exception("channel to %s failed", self.address)
+            reason = f"the connection to worker {self.address} failed: {err!r}"
+        finally:
+            self._fail_all(reason, sent=sent)
+            self._on_close(self)
+
+
+class LocalChannel(Channel):
+    """A channel to the replicas in the caller's own process.
+
+    Parameters
+    ----------
+    loop
+        The caller's loop.
+    inboxes
+        The process's replicas by id; another thread adds and removes them.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, inboxes: Mapping[int, Inbox]
+    ) -> None:
+        super().__init__()
+        self._inboxes = inboxes
+        self._replies: Mailbox[Message] = Mailbox(loop, self._receive)
+        self._reply_to = _MailboxReply(self._replies)
+
+    def send(self, message: Message) -> None:
+        """Hand a caller's message to its replica."""
+        dispatch(self._inboxes, self._reply_to, message)
+
+    def close(self, reason: str) -> None:
+        """Fail the exchanges that are open with `reason`."""
+        self._fail_all(reason, sent=True)
+        for inbox in list(self._inboxes.values()):
+            inbox.forget(self._reply_to)
+
+
+class _MailboxReply:
+    __slots__ = ("send",)
+
+    def __init__(self, mailbox: Mailbox[Message]) -> None:
+        self.send = mailbox.put
+
+
+async def serve_channel(comm: Any, inboxes: Mapping[int, Inbox]) -> None:
+    """Be a worker's end of a channel until the comm closes; runs on Dask's loop."""
+
+    def deliver(batch: list[Message]) -> None:
+        for message in batch:
+            dispatch(inboxes, reply_to, message)
+
+    def write(batch: list[Message]) -> None:
+        for message in batch:
+            pipe.send(message)
+
+    pipe = CommPipe(comm, deliver)
+    reply_to = _MailboxReply(Mailbox(asyncio.get_running_loop(), write))
+    try:
+        await pipe.run()
+    finally:
+        for inbox in list(inboxes.values()):
+            inbox.forget(reply_to)
+
+
+def dispatch(
+    inboxes: Mapping[int, Inbox], reply_to: ReplyTo, message: Message
+) -> None:
+    """Hand `message` to the replica it names, or refuse it if that is not here."""
+    inbox = inboxes.get(message[2])
+    if inbox is not None:
+        inbox.put(reply_to, message)
+    elif message[0] in (REQUEST, CALL):
+        reply_to.send((REFUSED, message[1], f"replica {message[2]} is not here"))

@@ -1,0 +1,394 @@
+"""A process's way to all replicas: the caller's end of every request and handle call.
+
+Runs on the transport loop of a worker, a client or the scheduler. Snapshots of the
+routing come in, requests go out over channels to the replica that `Router` chose.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from daskserve.exceptions import (
+    DeploymentUnavailableError,
+    QueueFullError,
+    ReplicaDiedError,
+    RequestTimeoutError,
+)
+from daskserve.transport.channel import (
+    Channel,
+    CommChannel,
+    ConnectionLostError,
+    Exchange,
+    Inbox,
+    LocalChannel,
+)
+from daskserve.transport.messages import CANCEL, REFUSED, Message
+from daskserve.transport.router import Router, Slot
+
+logger = logging.getLogger(__name__)
+
+#: How long a replica that refused a request is not asked again.
+REFUSED_PAUSE_S = 0.01
+#: How long a process that has just connected waits to be told of the routing.
+FIRST_SNAPSHOT_S = 10
+
+
+class Group:
+    """One deployment as this process sees it."""
+
+    __slots__ = ("max_queued", "name", "reason", "router", "state", "timeout_s",
+                 "waiting")  # fmt: skip
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.router = Router()
+        self.state = ""
+        self.reason = ""
+        self.max_queued: int | None = None
+        self.timeout_s: float | None = None
+        self.waiting: deque[asyncio.Future[Slot]] = deque()
+
+    def update(self, info: Mapping[str, Any], local_address: str | None) -> None:
+        """Take this deployment's part of a snapshot."""
+        self.state, self.reason = info["state"], info["reason"]
+        self.max_queued, self.timeout_s = info["max_queued"], info["timeout_s"]
+        self.router.update(
+            (
+                Slot(replica_id, tag, worker, local=worker == local_address)
+                for replica_id, tag, worker in info["replicas"]
+            ),
+            info["max_ongoing"],
+        )
+
+    def unavailable(self) -> DeploymentUnavailableError | None:
+        """Say why nothing can ever take a request, or None if waiting makes sense."""
+        if self.state == "DEPLOY_FAILED" and not self.router.slots:
+            return DeploymentUnavailableError(
+                f"Deployment {self.name!r} is unavailable because it failed to deploy."
+            )
+        return None
+
+
+class Dispatcher:
+    """Where requests and calls of this process go out.
+
+    Parameters
+    ----------
+    loop
+        The transport loop; everything but `update_threadsafe` runs on it.
+    connect
+        Opens a Dask comm to a worker's address.
+    local_address, inboxes
+        The Dask address of the worker in this process and its replicas, if there is
+        one.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        connect: Callable[[str], Awaitable[Any]],
+        *,
+        local_address: str | None = None,
+        inboxes: Mapping[int, Inbox] | None = None,
+    ) -> None:
+        self.loop = loop
+        #: Number of the newest snapshot; -1 before the first.
+        self.version = -1
+        self.groups: dict[str, Group] = {}
+        #: Called with every new snapshot, after it took effect.
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
+        self._connect = connect
+        self._local_address = local_address
+        self._local = LocalChannel(loop, inboxes) if inboxes is not None else None
+        self._channels: dict[str, CommChannel] = {}
+        self._first_snapshot = asyncio.Event()
+        self._closed = False
+
+    def update(self, version: int, snapshot: Mapping[str, Any]) -> None:
+        """Take a whole snapshot of the routing; an older one than ours is ignored."""
+        if version <= self.version:
+            return
+        self.version = version
+        deployments = snapshot["deployments"]
+        for name in self.groups.keys() - deployments.keys():
+            gone = DeploymentUnavailableError(f"Deployment {name!r} was deleted.")
+            group = self.groups.pop(name)
+            group.router.update((), 1)
+            self._fail_waiting(group, gone)
+        for name, info in deployments.items():
+            group = self.groups.get(name) or self.groups.setdefault(name, Group(name))
+            group.update(info, self._local_address)
+            unavailable = group.unavailable()
+            if unavailable is not None:
+                self._fail_waiting(group, unavailable)
+            for slot in group.router.slots.values():
+                self._channel(slot)  # connect before the first request needs it
+            self._hand_out(group)
+        self._drop_idle_channels()
+        for listener in self.listeners:
+            listener(snapshot)
+        self._first_snapshot.set()
+
+    def worker_lost(self, address: str) -> None:
+        """Fail at once what waits for a worker that the scheduler has given up."""
+        channel = self._channels.get(address)
+        if channel is not None:
+            channel.close(f"worker {address} left the cluster")
+
+    async def close(self) -> None:
+        """Close all channels; what is open fails."""
+        self._closed = True
+        stopped = DeploymentUnavailableError("daskserve is stopping here.")
+        for group in self.groups.values():
+            self._fail_waiting(group, stopped)
+        if self._local is not None:
+            self._local.close("daskserve is stopping here")
+        for channel in list(self._channels.values()):
+            channel.close("daskserve is stopping here")
+            await channel.wait_closed()
+
+    async def group(self, name: str) -> Group:
+        """Return a deployment's group, waiting for the first snapshot if need be."""
+        group = self.groups.get(name)
+        if group is None:
+            try:
+                async with asyncio.timeout(FIRST_SNAPSHOT_S):
+                    await self._first_snapshot.wait()
+            except TimeoutError:
+                raise DeploymentUnavailableError(
+                    f"No routing table came within {FIRST_SNAPSHOT_S} s: is an "
+                    f"instance running on this cluster, and the scheduler alive?"
+                ) from None
+            group = self.groups.get(name)
+        if group is None:
+            raise DeploymentUnavailableError(
+                f"There is no deployment {name!r}; there are {sorted(self.groups)}."
+            )
+        return group
+
+    async def acquire(self, call: Call, group: Group) -> Slot:
+        """Wait for a replica with room and count `call` as in it."""
+        slot = None
+        if not group.waiting:  # nobody overtakes those who wait
+            slot = group.router.choose(self.loop.time(), call.avoid)
+        if slot is not None:
+            slot.in_flight += 1
+            return slot
+        unavailable = group.unavailable()
+        if unavailable is not None:
+            raise unavailable
+        if group.max_queued is not None and len(group.waiting) >= group.max_queued:
+            raise QueueFullError(
+                f"Request dropped: {len(group.waiting)} requests wait for deployment "
+                f"{group.name!r} already (max_queued_requests={group.max_queued})."
+            )
+        waiter: asyncio.Future[Slot] = self.loop.create_future()
+        if call.refused:  # it had its turn already: back to the head of the queue
+            group.waiting.appendleft(waiter)
+            self.loop.call_later(REFUSED_PAUSE_S, self._hand_out, group)
+        else:
+            group.waiting.append(waiter)
+        call.waiter = waiter
+        try:
+            return await waiter
+        except BaseException:
+            # Cancelled in the same turn of the loop in which the place was handed out.
+            if not waiter.cancelled() and waiter.exception() is None:
+                self.release(group, waiter.result())
+            raise
+        finally:
+            call.waiter = None
+            with contextlib.suppress(ValueError):
+                group.waiting.remove(waiter)
+
+    def release(self, group: Group, slot: Slot) -> None:
+        """Take a request out of a replica's count, which makes room for another."""
+        slot.in_flight -= 1
+        if group.waiting:
+            self._hand_out(group)
+
+    def channel(self, slot: Slot) -> Channel:
+        """Return the channel to a replica, connecting if need be."""
+        if self._closed:
+            raise DeploymentUnavailableError("daskserve is stopping here.")
+        return self._channel(slot)
+
+    def _channel(self, slot: Slot) -> Channel:
+        if slot.local and self._local is not None:
+            return self._local
+        channel = self._channels.get(slot.worker)
+        if channel is None:
+            channel = CommChannel(slot.worker, self._connect, self._channel_closed)
+            self._channels[slot.worker] = channel
+        return channel
+
+    def _channel_closed(self, channel: CommChannel) -> None:
+        if self._channels.get(channel.address) is channel:
+            del self._channels[channel.address]
+
+    def _drop_idle_channels(self) -> None:
+        wanted = {
+            slot.worker
+            for group in self.groups.values()
+            for slot in group.router.slots.values()
+        }
+        for address, channel in list(self._channels.items()):
+            # A draining replica's requests may still be on their way.
+            if address not in wanted and channel.idle:
+                channel.close("no replica is there any more")
+
+    def _hand_out(self, group: Group) -> None:
+        now = self.loop.time()
+        while group.waiting:
+            if group.waiting[0].done():
+                group.waiting.popleft()
+                continue
+            slot = group.router.choose(now)
+            if slot is None:
+                self._look_again(group, now)
+                return
+            slot.in_flight += 1
+            group.waiting.popleft().set_result(slot)
+
+    def _look_again(self, group: Group, now: float) -> None:
+        # Room that other callers free at a replica is not told to us.
+        pauses = [s.full_until for s in group.router.slots.values()]
+        ends = [end for end in pauses if end > now]
+        if ends:
+            self.loop.call_at(min(ends) + 0.001, self._hand_out, group)
+
+    def _fail_waiting(self, group: Group, failure: Exception) -> None:
+        while group.waiting:
+            waiter = group.waiting.popleft()
+            if not waiter.done():
+                waiter.set_exception(failure)
+
+
+class Call:
+    """One request or handle call, from the wait for a replica to the last message.
+
+    Use it on the dispatcher's loop, from one task; `abort` may come from any other
+    task of that loop. `finish` is due in any case and may be called twice.
+    """
+
+    __slots__ = ("_aborted", "_channel", "_dispatcher", "_exchange", "_name",
+                 "avoid", "group", "on_grant", "refused", "slot", "waiter")  # fmt: skip
+
+    def __init__(self, dispatcher: Dispatcher, name: str) -> None:
+        self._dispatcher = dispatcher
+        self._name = name
+        self._exchange: Exchange | None = None
+        self._channel: Channel | None = None
+        self._aborted: BaseException | None = None
+        self.group: Group | None = None
+        self.slot: Slot | None = None
+        self.waiter: asyncio.Future[Slot] | None = None
+        self.avoid: Slot | None = None
+        self.refused = False
+        #: Told how many bytes of the request's body the replica takes.
+        self.on_grant: Callable[[int], None] | None = None
+
+    async def first(
+        self, make: Callable[[int, int], Message], *, retry_lost: bool
+    ) -> Message:
+        """Send a request until a replica has taken it; return its first message.
+
+        Parameters
+        ----------
+        make
+            Makes the request's message from exchange id and replica id; called again
+            for another replica.
+        retry_lost
+            Whether to try another replica, once, if the one that had the request is
+            lost: the request is idempotent and can be sent again.
+
+        Raises
+        ------
+        ReplicaDiedError
+            The replica was lost with the request in it.
+        RequestError
+            Any other of its subclasses, as they say.
+        """
+        while True:
+            await self._begin(make)
+            try:
+                message = await self.next()
+            except ConnectionLostError as lost:
+                self.avoid = self.slot
+                self.finish()
+                if lost.sent and not retry_lost:
+                    raise ReplicaDiedError(str(lost.args[0])) from lost
+                if lost.sent:
+                    retry_lost = False
+                continue
+            if message[0] != REFUSED:
+                return message
+            assert self.slot is not None
+            self.slot.full_until = self._dispatcher.loop.time() + REFUSED_PAUSE_S
+            self.refused = True
+            self.finish()
+
+    async def next(self) -> Message:
+        """Return the next message of the replica."""
+        if self._aborted is not None:
+            raise self._aborted
+        assert self._exchange is not None
+        return await self._exchange.next()
+
+    def send(self, op: int, *fields: Any) -> None:
+        """Send a further message to the replica that has the request."""
+        if self._exchange is not None:
+            assert self._channel is not None and self.slot is not None
+            exchange_id = self._exchange.exchange_id
+            self._channel.send((op, exchange_id, self.slot.replica_id, *fields))
+
+    def abort(self, failure: BaseException) -> None:
+        """Make `first` or `next` raise `failure`, wherever they wait."""
+        if self._aborted is None:
+            self._aborted = failure
+            if self.waiter is not None and not self.waiter.done():
+                self.waiter.set_exception(failure)
+            if self._exchange is not None:
+                self._exchange.fail(failure)
+
+    def cancel(self) -> None:
+        """Tell the replica that nobody waits for it any more, and finish."""
+        self.send(CANCEL)
+        self.finish()
+
+    def finish(self) -> None:
+        """Give the place in the replica back."""
+        if self._exchange is not None:
+            assert self._channel is not None
+            self._channel.close_exchange(self._exchange)
+            self._exchange = None
+        if self.slot is not None:
+            slot, self.slot = self.slot, None
+            assert self.group is not None
+            self._dispatcher.release(self.group, slot)
+
+    async def _begin(self, make: Callable[[int, int], Message]) -> None:
+        dispatcher = self._dispatcher
+        self.group = dispatcher.groups.get(self._name) or await dispatcher.group(
+            self._name
+        )
+        self.slot = await dispatcher.acquire(self, self.group)
+        if self._aborted is not None:
+            self.finish()
+            raise self._aborted
+        self._channel = dispatcher.channel(self.slot)
+        self._exchange = self._channel.open()
+        self._exchange.on_grant = self.on_grant
+        self._channel.send(make(self._exchange.exchange_id, self.slot.replica_id))
+
+
+def timeout_error(name: str, timeout_s: float) -> RequestTimeoutError:
+    """Return the error of a request that got no answer in time."""
+    return RequestTimeoutError(
+        f"Deployment {name!r} did not begin to answer within {timeout_s:g} s."
+    )

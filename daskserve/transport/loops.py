@@ -1,0 +1,161 @@
+"""Threads that run an event loop, and hand-over between loops. Any process.
+
+A worker process has Dask's own loop, one transport loop (proxy and handles), and one
+loop for each replica. What crosses between them goes through a `Mailbox`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
+
+try:
+    from uvloop import new_event_loop
+except ImportError:  # uvloop has no Windows build
+    from asyncio import new_event_loop
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+class Mailbox(Generic[T]):
+    """Hand items to another thread's loop, one wake-up for each batch.
+
+    A wake-up costs a write to a pipe and a trip through the selector, so items that
+    come while one is on its way ride along.
+
+    Parameters
+    ----------
+    loop
+        The loop that `deliver` runs on.
+    deliver
+        Called on `loop` with a non-empty batch, in the order of `put`.
+    """
+
+    __slots__ = ("_awake", "_deliver", "_items", "_loop")
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, deliver: Callable[[list[T]], None]
+    ) -> None:
+        self._loop = loop
+        self._deliver = deliver
+        self._items: deque[T] = deque()
+        self._awake = False
+
+    def put(self, item: T) -> None:
+        """Queue `item`; any thread. A closed loop drops it: nobody is there to read."""
+        self._items.append(item)
+        # Append before looking: `_drain` clears the flag before it takes the items, so
+        # either it sees this item or this thread sees the cleared flag.
+        if not self._awake:
+            self._awake = True
+            try:
+                self._loop.call_soon_threadsafe(self._drain)
+            except RuntimeError:
+                self._items.clear()
+
+    def _drain(self) -> None:
+        self._awake = False
+        items = self._items
+        batch = [items.popleft() for _ in range(len(items))]
+        if batch:
+            self._deliver(batch)
+
+
+class LoopThread:
+    """A daemon thread that runs one event loop until `stop`.
+
+    Parameters
+    ----------
+    name
+        The thread's name; ours all begin with ``daskserve``.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.loop: asyncio.AbstractEventLoop = new_event_loop()
+        self._stopping: asyncio.Event | None = None
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller is this thread."""
+        return threading.current_thread() is self._thread
+
+    def start(self) -> None:
+        """Start the thread and wait for its loop to run."""
+        self._thread.start()
+        self._started.wait()
+
+    def call_soon(self, function: Callable[..., object], *args: Any) -> None:
+        """Run `function` on the loop; any thread; silently dropped once stopped."""
+        try:
+            self.loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            logger.debug("%s has stopped, dropped %r", self._thread.name, function)
+
+    def submit(self, awaitable: Awaitable[T]) -> Future[T]:
+        """Run `awaitable` on the loop; any thread."""
+
+        async def run() -> T:
+            return await awaitable
+
+        coroutine = run()
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        except RuntimeError:
+            coroutine.close()
+            raise
+
+    def stop(self, timeout_s: float = 5) -> bool:
+        """Cancel what runs on the loop and end the thread; True when it has ended.
+
+        User code that blocks the loop can keep the thread alive beyond `timeout_s`;
+        it is a daemon and does not hold the process.
+        """
+
+        def set_stopping() -> None:
+            assert self._stopping is not None
+            self._stopping.set()
+
+        self.call_soon(set_stopping)
+        if not self.is_current:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        try:
+            # `run_until_complete`, not `run_forever`: anyio ties its worker threads to
+            # the task that it finds running so.
+            self.loop.run_until_complete(self._main())
+            self.loop.run_until_complete(_cancel_all())
+            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+        except Exception:
+            logger.exception("%s ended with an error", self._thread.name)
+        finally:
+            asyncio.set_event_loop(None)
+            self.loop.close()
+
+    async def _main(self) -> None:
+        self._stopping = asyncio.Event()
+        self._started.set()
+        await self._stopping.wait()
+
+
+async def _cancel_all(patience_s: float = 2) -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=patience_s)

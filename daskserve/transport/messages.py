@@ -1,0 +1,87 @@
+"""Everything that crosses a channel, and the names of the ops on Dask's comms.
+
+A message is a tuple ``(op, exchange_id, ...)`` of what msgpack can carry; a channel
+packs many of them at once. An exchange is one request or one call; its id is the
+caller's, unique on one channel.
+
+From a caller to a replica (the third field is always the replica's id):
+
+===========  ===============================================================
+``REQUEST``  replica, head (see `HEAD_FIELDS`), body, more_body
+``CALL``     replica, method name, pickled ``(args, kwargs)``, keys of the Dask
+             futures in them, request id
+``BODY``     replica, data, more_body
+``CREDIT``   replica, bytes of the response that the caller has passed on
+``CANCEL``   replica: the caller has gone, or does not want an answer any more
+===========  ===============================================================
+
+From a replica to a caller:
+
+============  ==============================================================
+``RESPONSE``  status, headers, body: the whole response
+``START``     status, headers
+``CHUNK``     data, more_body
+``RESULT``    pickled result of a call
+``ERROR``     kind, type name, text, traceback, pickled exception or None
+``REFUSED``   reason: it was not handed to user code, try another replica
+``GRANT``     bytes of the request's body that user code has taken
+============  ==============================================================
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, TypeAlias
+
+Message: TypeAlias = tuple[Any, ...]
+Headers: TypeAlias = list[tuple[bytes, bytes]]
+
+REQUEST: Final = 1
+CALL: Final = 2
+BODY: Final = 3
+CREDIT: Final = 4
+CANCEL: Final = 5
+
+RESPONSE: Final = 16
+START: Final = 17
+CHUNK: Final = 18
+RESULT: Final = 19
+ERROR: Final = 20
+REFUSED: Final = 21
+GRANT: Final = 22
+
+#: What a `REQUEST`'s head holds, in order.
+HEAD_FIELDS: Final = (
+    "method",
+    "path",
+    "raw_path",
+    "query_string",
+    "headers",
+    "http_version",
+    "scheme",
+    "client",
+    "server",
+    "root_path",
+    "request_id",
+)
+
+# Kinds of `ERROR`.
+USER_ERROR: Final = "user"  # user code raised
+NOT_ENCODABLE: Final = "not-encodable"  # its result cannot be expressed
+UNKNOWN_METHOD: Final = "unknown-method"
+STOPPED: Final = "stopped"  # the replica ended with the request in it
+CUT: Final = "cut"  # the response began and cannot be completed
+
+#: Chunks of bodies are split to at most this many bytes, so that one body cannot keep
+#: a channel busy for long.
+MAX_CHUNK_BYTES: Final = 256 * 1024
+
+# Ops on Dask's comms. RPC ops have underscores, stream ops hyphens.
+OP_CHANNEL: Final = "serve_channel"  # caller -> worker: this comm is a channel now
+OP_BIND: Final = "serve_bind"  # scheduler -> worker: start an HTTP server
+OP_UNBIND: Final = "serve_unbind"  # scheduler -> worker: stop it
+STREAM_ROUTES: Final = "serve-routes"  # scheduler -> worker or client: snapshot
+STREAM_LOST: Final = "serve-lost"  # scheduler -> worker or client: a worker has gone
+STREAM_COMMAND: Final = "serve-command"  # scheduler -> worker: to one replica
+STREAM_ACK: Final = "serve-ack"  # worker or client -> scheduler: snapshot applied
+STREAM_HELLO: Final = "serve-hello"  # worker -> scheduler: its plugin is set up
+STREAM_REPLICA: Final = "serve-replica"  # worker -> scheduler: a replica's news
