@@ -1,0 +1,1 @@
+"""HTTP servers; on the transport thread of a worker, or of the scheduler."""

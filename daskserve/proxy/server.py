@@ -1,0 +1,201 @@
+"""The HTTP server of a proxy: a socket and uvicorn on the transport loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import uvicorn
+
+from daskserve.config import HTTPOptions
+from daskserve.exceptions import ProxyStartError
+from daskserve.proxy.app import Forwarder, build_app
+from daskserve.transport.dispatcher import Dispatcher
+
+BACKLOG = 2048
+
+
+class HTTPServer:
+    """One HTTP server; everything on the dispatcher's loop.
+
+    Parameters
+    ----------
+    dispatcher
+        The process's way to the replicas.
+    options
+        The instance's HTTP options.
+    where
+        How errors name this process, such as ``"worker tcp://..."``.
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, options: HTTPOptions, where: str
+    ) -> None:
+        self.url = ""
+        self.port = 0
+        self._dispatcher = dispatcher
+        self._options = options
+        self._where = where
+        self._forwarder = Forwarder(dispatcher, options)
+        self._server: _Server | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(
+        self, *, port: int, share_port: bool, probe: bool, routes: Mapping[str, str]
+    ) -> str:
+        """Bind and serve; return the URL.
+
+        Parameters
+        ----------
+        port
+            TCP port; 0 for any.
+        share_port
+            Whether other workers of this host bind the same port (``SO_REUSEPORT``).
+        probe
+            Whether nobody may hold the port yet, not even for sharing.
+        routes
+            The routing table to begin with.
+
+        Raises
+        ------
+        ProxyStartError
+            The address cannot be bound, or TLS or a middleware cannot be set up.
+        """
+        options = self._options
+        try:
+            sock = self._bind(port, share_port, probe)
+        except OSError as err:
+            raise ProxyStartError(self._bind_error(port, err)) from err
+        try:
+            self._forwarder.set_routes(dict(routes))
+            config = self._config()
+            config.load()
+        except Exception as err:
+            sock.close()
+            raise ProxyStartError(
+                f"cannot start an HTTP server on {self._where}: {err!r}"
+            ) from err
+        scheme = "https" if options.ssl_certfile else "http"
+        if options.uds is not None:
+            self.url = f"{scheme}+unix://{options.uds}"
+        else:
+            host, self.port = sock.getsockname()[:2]
+            self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+        self._dispatcher.listeners.append(self._take_snapshot)
+        self._server = _Server(config)
+        self._task = asyncio.ensure_future(self._server.serve(sockets=[sock]))
+        await self._server.ready.wait()
+        return self.url
+
+    async def stop(self, drain_s: float) -> None:
+        """Stop listening, let requests finish for up to `drain_s`, close."""
+        if self._server is None or self._task is None:
+            return
+        self._forwarder.draining = True
+        self._dispatcher.listeners.remove(self._take_snapshot)
+        self._server.should_exit = True
+        await asyncio.wait([self._task], timeout=drain_s)
+        self._server.force_exit = True
+        await asyncio.wait([self._task], timeout=1)
+        if self._options.uds is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._options.uds)
+
+    def _take_snapshot(self, snapshot: Mapping[str, Any]) -> None:
+        self._forwarder.set_routes(dict(snapshot["routes"]))
+
+    def _config(self) -> uvicorn.Config:
+        options = self._options
+        password = options.ssl_keyfile_password
+        return uvicorn.Config(
+            build_app(self._forwarder, options),
+            interface="asgi3",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=max(1, round(options.keep_alive_timeout_s)),
+            ssl_certfile=options.ssl_certfile,
+            ssl_keyfile=options.ssl_keyfile,
+            ssl_keyfile_password=password and password.get_secret_value(),
+            ssl_ca_certs=options.ssl_ca_certs,
+            ssl_cert_reqs=2 if options.ssl_ca_certs else 0,
+        )
+
+    def _bind(self, port: int, share_port: bool, probe: bool) -> socket.socket:
+        if self._options.uds is not None:
+            return _bind_unix(self._options.uds)
+        assert self._options.host is not None
+        if probe and port:
+            # Whoever shares the port is to be ours: without sharing, the kernel tells
+            # whether a stranger, or another instance of daskserve, holds it already.
+            _bind_tcp(self._options.host, port, share_port=False).close()
+        sock = _bind_tcp(self._options.host, port, share_port=share_port)
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+        return sock
+
+    def _bind_error(self, port: int, error: OSError) -> str:
+        target = self._options.uds or f"{self._options.host}:{port}"
+        text = f"cannot start an HTTP server on {self._where} at {target}: "
+        if error.errno == errno.EADDRINUSE:
+            return (
+                f"{text}the address is in use already. Give another port in "
+                f"http_options, or port 0 for any free one."
+            )
+        return f"{text}{error}"
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server without its hands on the process's signals."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _bind_tcp(host: str, port: int, *, share_port: bool) -> socket.socket:
+    found = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    family, kind, protocol, _, address = found[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if share_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _bind_unix(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # The permissions are set by the mask, so that there is no moment without them.
+    mask = os.umask(0o177)
+    try:
+        sock.bind(path)
+    except BaseException:
+        sock.close()
+        raise
+    finally:
+        os.umask(mask)
+    sock.listen(BACKLOG)
+    sock.setblocking(False)
+    return sock

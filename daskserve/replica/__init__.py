@@ -1,0 +1,1 @@
+"""User code and all that surrounds it; in a worker."""

@@ -1,0 +1,255 @@
+"""The ASGI server inside a replica: one HTTP exchange, and an app's lifespan.
+
+Runs on the replica's loop. Messages come from a channel and go back to it; what the app
+sees are plain ASGI events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections import deque
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from daskserve.transport.channel import ReplyTo
+from daskserve.transport.messages import (
+    CHUNK,
+    GRANT,
+    HEAD_FIELDS,
+    MAX_CHUNK_BYTES,
+    RESPONSE,
+    START,
+)
+
+#: As uvicorn's, for the same events are sent.
+ASGI_VERSIONS = {"version": "3.0", "spec_version": "2.3"}
+
+
+class HttpExchange:
+    """One request in a replica: the app's ``receive`` and ``send``.
+
+    Parameters
+    ----------
+    reply_to
+        Where the answer goes.
+    message
+        The ``REQUEST`` message.
+    window_bytes
+        How much of the response may be on its way to the client.
+    """
+
+    def __init__(
+        self, reply_to: ReplyTo, message: tuple[Any, ...], window_bytes: int
+    ) -> None:
+        self.reply_to = reply_to
+        self.exchange_id: int = message[1]
+        self.head: dict[str, Any] = dict(zip(HEAD_FIELDS, message[3], strict=True))
+        self.task: asyncio.Task[None] | None = None
+        self.response_started = False
+        self.response_complete = False
+        self.disconnected = False
+        self._body: deque[bytes] = deque((message[4],))
+        self._more_body: bool = message[5]
+        # What came along with the request was not charged to the window.
+        self._charged = False
+        self._start: tuple[int, Any] | None = None
+        self._window = window_bytes
+        self._on_the_way = 0
+        self._changed: asyncio.Event | None = None
+        if self._more_body:  # taken: the caller may send the rest
+            reply_to.send((GRANT, self.exchange_id, window_bytes))
+
+    def scope(self, state: dict[str, Any] | None) -> Scope:
+        """Return the ASGI connection scope, with a copy of the lifespan's `state`."""
+        head = self.head
+        return {
+            "type": "http",
+            "asgi": ASGI_VERSIONS,
+            "http_version": head["http_version"],
+            "method": head["method"],
+            "scheme": head["scheme"],
+            "path": head["path"],
+            "raw_path": head["raw_path"],
+            "query_string": head["query_string"],
+            "root_path": head["root_path"],
+            "headers": list(head["headers"]),
+            "client": head["client"],
+            "server": head["server"],
+            "state": {} if state is None else state.copy(),
+        }
+
+    # What comes from the caller.
+
+    def body_arrived(self, data: bytes, more_body: bool) -> None:
+        """Add a part of the request's body."""
+        self._body.append(data)
+        self._more_body = more_body
+        self._notify()
+
+    def credit(self, sent_bytes: int) -> None:
+        """Note that so much of the response has been passed on to the client."""
+        self._on_the_way -= sent_bytes
+        self._notify()
+
+    def disconnect(self) -> None:
+        """Note that nobody waits for the answer any more."""
+        self.disconnected = True
+        self._notify()
+
+    # What the app calls.
+
+    async def receive(self) -> Message:
+        """ASGI ``receive``."""
+        while not self._body:
+            if self.disconnected or self.response_complete:
+                return {"type": "http.disconnect"}
+            await self._change()
+        data = self._body.popleft()
+        more_body = self._more_body or bool(self._body)
+        if data and self._charged:
+            self.reply_to.send((GRANT, self.exchange_id, len(data)))
+        self._charged = True
+        return {"type": "http.request", "body": data, "more_body": more_body}
+
+    async def send(self, event: Message) -> None:
+        """ASGI ``send``."""
+        kind = event["type"]
+        if self.response_complete:
+            raise RuntimeError(f"Unexpected {kind!r} after the response was complete.")
+        if kind == "http.response.start":
+            if self._start is not None:
+                raise RuntimeError("Unexpected second 'http.response.start'.")
+            self._start = (event["status"], list(event.get("headers", ())))
+            # A body in the same turn of the loop goes along with it; a stream whose
+            # first chunk takes its time must not hold the headers back.
+            asyncio.get_running_loop().call_soon(self._flush_start)
+        elif kind == "http.response.body":
+            if self._start is None:
+                raise RuntimeError("Expected 'http.response.start' before the body.")
+            await self._send_body(
+                event.get("body", b""), bool(event.get("more_body", False))
+            )
+        else:
+            raise RuntimeError(f"Unexpected ASGI message {kind!r}.")
+
+    def respond(self, status: int, headers: Any, body: bytes) -> None:
+        """Send a whole response that is known to be small."""
+        self.response_started = self.response_complete = True
+        self.reply_to.send((RESPONSE, self.exchange_id, status, headers, body))
+
+    async def _send_body(self, body: bytes, more_body: bool) -> None:
+        assert self._start is not None
+        if not self.response_started and not more_body:
+            if len(body) <= MAX_CHUNK_BYTES:
+                self.respond(*self._start, bytes(body))
+                self._notify()
+                return
+        self._flush_start()
+        view = memoryview(body)
+        for i in range(0, len(view), MAX_CHUNK_BYTES):
+            while self._on_the_way >= self._window and not self.disconnected:
+                await self._change()
+            chunk = bytes(view[i : i + MAX_CHUNK_BYTES])
+            last = not more_body and i + len(chunk) == len(view)
+            self._on_the_way += len(chunk)
+            self.reply_to.send((CHUNK, self.exchange_id, chunk, not last))
+        if not more_body:
+            if not view:
+                self.reply_to.send((CHUNK, self.exchange_id, b"", False))
+            self.response_complete = True
+            self._notify()
+
+    def _flush_start(self) -> None:
+        if not self.response_started:
+            assert self._start is not None
+            self.response_started = True
+            self.reply_to.send((START, self.exchange_id, *self._start))
+
+    async def _change(self) -> None:
+        if self._changed is None:
+            self._changed = asyncio.Event()
+        self._changed.clear()
+        await self._changed.wait()
+
+    def _notify(self) -> None:
+        if self._changed is not None:
+            self._changed.set()
+
+
+class LifespanError(RuntimeError):
+    """An app's startup or shutdown hook failed."""
+
+
+class Lifespan:
+    """The lifespan protocol of one app: once for each replica, on its loop.
+
+    Parameters
+    ----------
+    app
+        Any ASGI app; one that does not know the protocol is left alone.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.state: dict[str, Any] = {}
+        self._app = app
+        self._to_app: asyncio.Queue[Message] = asyncio.Queue()
+        self._from_app: asyncio.Queue[Message] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+
+    async def startup(self) -> None:
+        """Run the startup hooks.
+
+        Raises
+        ------
+        LifespanError
+            One of them failed; the text has what the app said of it.
+        """
+        self._task = asyncio.ensure_future(self._run())
+        await self._exchange("lifespan.startup")
+
+    async def shutdown(self) -> None:
+        """Run the shutdown hooks.
+
+        Raises
+        ------
+        LifespanError
+            One of them failed.
+        """
+        if self._task is not None and not self._task.done():
+            await self._exchange("lifespan.shutdown")
+            await asyncio.wait([self._task], timeout=5)
+
+    async def _exchange(self, kind: str) -> None:
+        self._to_app.put_nowait({"type": kind})
+        answer = await self._from_app.get()
+        if answer["type"] == f"{kind}.failed":
+            raise LifespanError(answer.get("message") or f"{kind} failed")
+
+    async def _run(self) -> None:
+        scope: Scope = {
+            "type": "lifespan",
+            "asgi": {"version": "3.0", "spec_version": "2.0"},
+            "state": self.state,
+        }
+        receive: Receive = self._to_app.get
+        started = False
+
+        async def put(event: Message) -> None:
+            nonlocal started
+            started = started or event["type"].startswith("lifespan.startup.")
+            self._from_app.put_nowait(event)
+
+        send: Send = put
+        try:
+            await self._app(scope, receive, send)
+        except (Exception, SystemExit) as err:
+            if started:
+                text = "".join(traceback.format_exception(err))
+                self._from_app.put_nowait(
+                    {"type": "lifespan.shutdown.failed", "message": text}
+                )
+        # An app that ends or raises before it said anything has no lifespan.
+        self._from_app.put_nowait({"type": "lifespan.none"})
+

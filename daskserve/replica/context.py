@@ -1,0 +1,67 @@
+"""What user code can ask of the replica it runs in; in a worker."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from daskserve.exceptions import ServeError
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaContext:
+    """Where the running user code stands.
+
+    Attributes
+    ----------
+    deployment
+        Name of the deployment.
+    replica_tag
+        Name of this replica: new for each incarnation, kept across ``reconfigure``.
+    servable_object
+        The instance of the user's class, or the function; None in the constructor.
+    request_id
+        Id of the request at hand, as in the ``x-request-id`` header; None outside of
+        requests.
+    """
+
+    deployment: str
+    replica_tag: str
+    servable_object: Any = None
+    request_id: str | None = None
+    #: The replica's loop and session, for handles in user code.
+    _replica: Any = None
+    #: Answers that user code waits for; cancelled along with the request.
+    _children: set[Any] = field(default_factory=set, repr=False, compare=False)
+
+
+current_replica: ContextVar[ReplicaContext | None] = ContextVar(
+    "daskserve-replica", default=None
+)
+
+
+def get_replica_context() -> ReplicaContext:
+    """Return the context of the replica whose code is running.
+
+    It is right in async code, in sync code on its thread, and in FastAPI's thread
+    pool. Threads that user code starts itself do not inherit it.
+
+    Raises
+    ------
+    ServeError
+        Not called from a replica.
+
+    Examples
+    --------
+    >>> @serve.deployment
+    ... def whoami():
+    ...     return serve.get_replica_context().replica_tag  # doctest: +SKIP
+    """
+    context = current_replica.get()
+    if context is None:
+        raise ServeError(
+            "get_replica_context() was called outside of a replica: it works in the "
+            "constructor and the methods of a deployment, and in what they call."
+        )
+    return context
