@@ -1,0 +1,33 @@
+"""Serve Python functions, classes and ASGI apps over HTTP from a Dask cluster."""
+
+from daskserve.api import (
+    ServeInstance,
+    connect,
+    get_deployment,
+    list_deployments,
+    shutdown,
+    start,
+    status,
+)
+from daskserve.deployment import Deployment, deployment
+from daskserve.exceptions import ServeError
+from daskserve.handle import DeploymentHandle, DeploymentResponse
+from daskserve.ingress import ingress
+from daskserve.replica.context import get_replica_context
+
+__all__ = [
+    "Deployment",
+    "DeploymentHandle",
+    "DeploymentResponse",
+    "ServeError",
+    "ServeInstance",
+    "connect",
+    "deployment",
+    "get_deployment",
+    "get_replica_context",
+    "ingress",
+    "list_deployments",
+    "shutdown",
+    "start",
+    "status",
+]

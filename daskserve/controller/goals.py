@@ -1,0 +1,213 @@
+"""Goals of one deployment: set, judged, given up. Plain functions, no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from daskserve.controller.deployment_state import ManagedDeployment
+from daskserve.controller.records import (
+    Goal,
+    Replica,
+    ReplicaState,
+    Spec,
+    last_line,
+)
+
+_RETRY_FIRST_S = 0.1
+_RETRY_MAX_S = 5.0
+_RETRY_MAX_REACHED_S = 30.0
+_MAX_LISTED = 10
+
+
+def set_goal(d: ManagedDeployment, spec: Spec, ticket: int, now: float) -> None:
+    """Aim at another wish; the ``deploy()`` in progress, if any, is superseded.
+
+    Parameters
+    ----------
+    d
+        The deployment.
+    spec
+        The wish.
+    ticket
+        Of the call that waits.
+    now
+        Time in seconds.
+    """
+    d.at_rest = False
+    d.end_deploy(
+        f"superseded by a newer deploy() of {d.name!r} (version {spec.version!r})"
+    )
+    # A goal that failed is no base: the same wish again means another try.
+    goals = [g for g in (d.target, d.serving) if g and g.failure is None]
+    base = next((g for g in goals if g.spec.same_code(spec)), None)
+    if base is None:
+        generation = config_generation = _next_generation(d)
+    else:
+        generation = base.generation
+        config_generation = _config_generation(d, goals, generation, spec)
+        # All replicas of a generation run the same bytes, later ones too.
+        spec = replace(spec, code=base.spec.code)
+    moved = spec.route_prefix != d.target.spec.route_prefix
+    d.target = Goal(
+        spec=spec,
+        generation=generation,
+        config_generation=config_generation,
+        ticket=ticket,
+        deadline=now + spec.deploy_timeout_s,
+        # Old replicas that gave way to the same code are not started again.
+        rolling=base is d.target and base.rolling,
+    )
+    if d.serving is None and moved:
+        d.exposed = bool(d.routable())
+
+
+def _config_generation(
+    d: ManagedDeployment, goals: list[Goal], generation: int, spec: Spec
+) -> int:
+    for goal in goals:
+        same = goal.spec.user_config == spec.user_config
+        if goal.generation == generation and same:
+            return goal.config_generation
+    return _next_generation(d)
+
+
+def _next_generation(d: ManagedDeployment) -> int:
+    d.last_generation += 1
+    return d.last_generation
+
+
+def begin_delete(d: ManagedDeployment) -> None:
+    """Aim at nothing, for good.
+
+    Parameters
+    ----------
+    d
+        The deployment.
+    """
+    d.at_rest = False
+    d.deleting = True
+    d.end_deploy(f"deployment {d.name!r} was deleted before its deploy() was done")
+
+
+def judge(d: ManagedDeployment, now: float) -> None:
+    """See whether the target is reached, or its time is over.
+
+    Parameters
+    ----------
+    d
+        A deployment with a ``deploy()`` in progress.
+    now
+        Time in seconds.
+    """
+    goal = d.target
+    wanted = goal.spec.num_replicas
+    ready = d.ready(goal)
+    if ready >= wanted:
+        goal.reached = True
+        goal.forget_failures()
+        d.serving = goal
+        d.exposed = True
+        for replica in d.alive(goal):
+            replica.spec = goal.spec
+        d.end_deploy(None)
+    elif now >= goal.deadline:
+        after = f"after {goal.spec.deploy_timeout_s:g} s"
+        give_up(d, f"{ready} of {wanted} replicas ready {after}", _missing(d, now))
+
+
+def give_up(d: ManagedDeployment, what: str, details: str) -> None:
+    """Let the target fail; what served before is the goal again.
+
+    Parameters
+    ----------
+    d
+        A deployment with a ``deploy()`` in progress.
+    what
+        What went wrong, in one line.
+    details
+        More lines, as a traceback.
+    """
+    goal = d.target
+    summary = f"deployment {d.name!r} failed: {what}"
+    if d.former is not None:
+        summary += f"; its former version {d.former.spec.version!r} goes on serving"
+    elif d.serving is not None:
+        summary += "; its former options are back in force"
+    goal.failure = f"{summary}\n\n{details}"
+    d.at_rest = False
+    # Requests are answered at once from now on, and the route table says so.
+    d.exposed = True
+    d.end_deploy(goal.failure)
+
+
+def count_failure(d: ManagedDeployment, dead: Replica, text: str, now: float) -> None:
+    """Try again a little later, or give the target up.
+
+    Parameters
+    ----------
+    d
+        The deployment.
+    dead
+        The replica whose constructor failed; no longer in the deployment, or told to
+        stop.
+    text
+        The traceback.
+    now
+        Time in seconds.
+    """
+    goal = d.goal_of(dead)
+    if goal is None or goal not in d.upkeep():
+        return
+    if len(d.alive(goal)) >= goal.spec.num_replicas:
+        # One too many anyway, as after scaling down.
+        return
+    goal.failures += 1
+    goal.failed_on[dead.worker] += 1
+    goal.last_failure = text
+    limit = d.shared.max_failures(goal.spec.num_replicas)
+    if goal.in_progress and goal.failures >= limit:
+        what = f"{goal.failures} of {limit} tries to start a replica failed, the last"
+        give_up(d, f"{what} on {dead.worker} with {last_line(text)}", text)
+        return
+    most = _RETRY_MAX_S if goal.in_progress else _RETRY_MAX_REACHED_S
+    # The exponent is bounded, for this may go on for months.
+    delay = min(most, _RETRY_FIRST_S * 2 ** min(goal.failures - 1, 20))
+    again = d.add(goal, now)
+    again.not_before = now + delay
+    again.reason = f"waits {delay:g} s for another try after {last_line(text)}"
+
+
+def waits_for(replica: Replica, now: float) -> str:
+    """Say what a replica waits for and how long it has done so.
+
+    Parameters
+    ----------
+    replica
+        One that is not ready.
+    now
+        Time in seconds.
+
+    Returns
+    -------
+    str
+        Half a sentence for users.
+    """
+    elapsed = f"{now - replica.since:.0f} s"
+    if replica.state == ReplicaState.PENDING:
+        return replica.reason
+    if replica.state == ReplicaState.RUNNING:
+        return f"reconfigure() still running after {elapsed} on {replica.worker}"
+    if replica.initializing:
+        return f"constructor still running after {elapsed} on {replica.worker}"
+    return f"{replica.reason} for {elapsed}"
+
+
+def _missing(d: ManagedDeployment, now: float) -> str:
+    """Say of each replica that is not ready what it waits for."""
+    late = [r for r in d.alive(d.target) if not r.ready_for(d.target)]
+    lines = [f"{r.tag}: {waits_for(r, now)}" for r in late[:_MAX_LISTED]]
+    if len(late) > _MAX_LISTED:
+        lines.append(f"and {len(late) - _MAX_LISTED} more")
+    if d.target.last_failure:
+        lines.append(f"\nThe last one that failed:\n{d.target.last_failure}")
+    return "\n".join(lines)

@@ -1,0 +1,83 @@
+"""A proxy in the scheduler's process, where no worker shares its host.
+
+It has a thread of its own; nothing of it runs on the scheduler's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from distributed import Scheduler
+from distributed.comm.core import connect
+
+from daskserve import pickling
+from daskserve.config import HTTPOptions, Settings
+from daskserve.transport.dispatcher import Dispatcher
+from daskserve.transport.loops import LoopThread
+
+
+class HeadProxy:
+    """The HTTP server of the scheduler's host.
+
+    Parameters
+    ----------
+    scheduler
+        Whose TLS settings are used for connections to workers.
+    on_ack
+        Told the number of each snapshot that took effect; on the scheduler's loop.
+    """
+
+    def __init__(self, scheduler: Scheduler, on_ack: Callable[[int], None]) -> None:
+        self._scheduler = scheduler
+        self._on_ack = on_ack
+        self._thread = LoopThread("daskserve-head")
+        self._thread.start()
+        self._connect_timeout_s = Settings.load().connect_timeout_s
+        self._dispatcher = Dispatcher(self._thread.loop, self._connect)
+        self._server: Any = None
+
+    async def bind(self, options: bytes, port: int, routes: Any) -> dict[str, Any]:
+        """Start the server; return its URL and port, or what went wrong."""
+        # Only here does a scheduler need uvicorn.
+        from daskserve.proxy.server import HTTPServer
+
+        try:
+            http_options = pickling.loads(options)
+            assert isinstance(http_options, HTTPOptions)
+            where = f"the scheduler at {self._scheduler.address}"
+            server = HTTPServer(self._dispatcher, http_options, where)
+            starting = server.start(
+                port=port, share_port=False, probe=False, routes=routes
+            )
+            url = await asyncio.wrap_future(self._thread.submit(starting))
+        except Exception as err:
+            return {"error": str(err) or repr(err)}
+        self._server = server
+        return {"url": url, "port": server.port}
+
+    def take_routes(self, version: int, snapshot: dict[str, Any]) -> None:
+        """Pass a snapshot on to the server's thread."""
+        loop = asyncio.get_running_loop()
+
+        def take() -> None:
+            self._dispatcher.update(version, snapshot)
+            loop.call_soon_threadsafe(self._on_ack, version)
+
+        self._thread.call_soon(take)
+
+    async def close(self, drain_s: float) -> None:
+        """Stop the server and its thread."""
+        if self._server is not None:
+            stopping = self._server.stop(drain_s)
+            await asyncio.wrap_future(self._thread.submit(stopping))
+        await asyncio.wrap_future(self._thread.submit(self._dispatcher.close()))
+        await asyncio.to_thread(self._thread.stop)
+
+    async def _connect(self, address: str) -> Any:
+        return await connect(
+            address,
+            timeout=self._connect_timeout_s,
+            **self._scheduler.connection_args,
+        )

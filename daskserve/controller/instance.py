@@ -1,0 +1,326 @@
+"""A running instance: the brain, and what carries out its decisions. Scheduler."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import string
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from distributed import Scheduler
+from distributed.core import Status
+
+from daskserve.config import Settings
+from daskserve.controller.actions import (
+    Action,
+    Failure,
+    ReconfigureReplica,
+    ReleaseReplica,
+    Settle,
+    StartReplica,
+    StopReplica,
+)
+from daskserve.controller.launcher import Launcher
+from daskserve.controller.placement import WorkerView
+from daskserve.controller.proxy_manager import HTTPConfig, ProxyManager
+from daskserve.controller.publisher import Publisher
+from daskserve.controller.records import Spec
+from daskserve.controller.state import ControllerState
+from daskserve.transport.messages import STREAM_COMMAND
+
+logger = logging.getLogger(__name__)
+
+#: How long `start` waits for the plugins of the workers that are there.
+HELLO_TIMEOUT_S = 10.0
+
+
+class Instance:
+    """One instance of daskserve on one scheduler.
+
+    Parameters
+    ----------
+    scheduler
+        The scheduler.
+    http
+        The HTTP options.
+    detached
+        Whether it outlives the client `owner`.
+    owner
+        Id of the client that started it.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, http: HTTPConfig, *, detached: bool, owner: str
+    ) -> None:
+        settings = Settings.load()
+        self.http = http
+        self.detached = detached
+        self.owner = owner
+        self.publisher = Publisher(scheduler, settings.ack_timeout_s)
+        self.proxies = ProxyManager(
+            scheduler, self.publisher, http, self.publisher.has
+        )
+        self._scheduler = scheduler
+        self._settings = settings
+        self._state = ControllerState(
+            new_suffix=_new_suffix,
+            # Ids of an instance before this one must not be taken for ours.
+            first_id=random.randrange(1, 2**40),
+            max_failures=settings.constructor_failure_limit,
+        )
+        self._launcher = Launcher(scheduler, self._replica_failed)
+        self._waiting: dict[int, asyncio.Future[Failure | None]] = {}
+        self._wake = asyncio.Event()
+        self._closed = False
+        self._loop_task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # Life.
+
+    async def start(self) -> list[str]:
+        """Start proxies and the controller's loop; return why that failed, if so."""
+        await self._launcher.start()
+        await self._wait_for_workers()
+        failed = await self.proxies.reconcile(time.monotonic(), self._views())
+        if failed:
+            await self.close()
+            return [record.reason for record in failed]
+        self._loop_task = asyncio.ensure_future(self._run())
+        return []
+
+    async def shutdown(self) -> None:
+        """Delete all deployments, stop the proxies, end."""
+        if not self._closed:
+            await self._settled(self._state.shutdown())
+            await self.close()
+
+    async def close(self) -> None:
+        """End at once what is left."""
+        self._closed = True
+        self._wake.set()
+        for future in self._waiting.values():
+            if not future.done():
+                text = "the instance was shut down meanwhile"
+                future.set_result(Failure("DeploymentFailedError", text))
+        await self.proxies.close()
+        self.publisher.publish({"routes": {}, "deployments": {}})
+        await self._launcher.close()
+        if self._loop_task is not None:
+            await asyncio.wait([self._loop_task], timeout=5)
+        for task in list(self._tasks):
+            task.cancel()
+
+    # Wishes.
+
+    async def deploy(self, spec: Spec, prev_version: str | None) -> Failure | None:
+        """Want a deployment and wait until that is settled everywhere."""
+        ticket = self._state.deploy(
+            spec, prev_version=prev_version, now=time.monotonic()
+        )
+        return await self._settled(ticket)
+
+    async def delete(self, name: str) -> Failure | None:
+        """Want a deployment to be gone and wait until it is."""
+        return await self._settled(self._state.delete(name))
+
+    def spec(self, name: str) -> Spec:
+        """Return what is wanted of a deployment; `KeyError` if there is none."""
+        return self._state.spec(name)
+
+    def names(self) -> list[str]:
+        """Return the names of all deployments."""
+        return self._state.names()
+
+    def status(self) -> dict[str, Any]:
+        """Return everything that users may want to know, as plain data."""
+        return {
+            "instance": {
+                "scheduler": self._scheduler.address,
+                "detached": self.detached,
+                "location": self.http.location,
+                "http_urls": self.proxies.urls,
+            },
+            "proxies": [
+                {
+                    "worker": record.worker,
+                    "host": record.host,
+                    "url": record.url,
+                    "state": record.state,
+                    "reason": record.reason,
+                }
+                for record in self.proxies.records.values()
+            ],
+            "deployments": self._state.status(now=time.monotonic()),
+        }
+
+    # News.
+
+    def worker_added(self) -> None:
+        """Look again: there may be room now."""
+        self._wake.set()
+
+    def hello(self, worker: str) -> None:
+        """Note that a worker's plugin is set up."""
+        self.publisher.subscribe(worker)
+        self._wake.set()
+
+    def worker_removed(self, worker: str) -> None:
+        """Replace what was on a worker that has gone."""
+        self.publisher.worker_lost(worker)
+        reason = f"worker {worker} left the cluster"
+        self._state.worker_lost(worker, reason, now=time.monotonic())
+        self._wake.set()
+
+    def restarted(self) -> None:
+        """Replace everything: ``client.restart()`` has cancelled all actors."""
+        self._launcher.forget_all()
+        reason = "the cluster was restarted (client.restart)"
+        self._state.all_lost(reason, now=time.monotonic())
+        self._wake.set()
+
+    def key_left_memory(self, key: Any) -> None:
+        """Note that a task has left memory, which may be a replica's actor."""
+        self._launcher.key_left_memory(key)
+
+    def replica_news(self, replica_id: int, news: dict[str, Any]) -> None:
+        """Take what a replica reports of itself."""
+        now = time.monotonic()
+        event = news["event"]
+        if event == "initializing":
+            self._state.replica_initializing(replica_id, pid=news["pid"], now=now)
+        elif event == "started":
+            self._state.replica_started(replica_id, now=now, pid=news["pid"])
+        elif event == "failed":
+            self._state.replica_failed(replica_id, news["text"], now=now)
+        elif event == "stopped":
+            self._state.replica_stopped(replica_id)
+        elif event == "reconfigured":
+            generation, error = news["generation"], news["error"]
+            self._state.reconfigured(replica_id, generation, error, now=now)
+        self._wake.set()
+
+    def _replica_failed(self, replica_id: int, reason: str, own_fault: bool) -> None:
+        now = time.monotonic()
+        if own_fault:
+            self._state.replica_failed(replica_id, reason, now=now)
+        else:
+            self._state.replica_lost(replica_id, reason, now=now)
+        self._wake.set()
+
+    # The loop: compare what is wanted with what is there, again and again.
+
+    async def _run(self) -> None:
+        while not self._closed:
+            self._wake.clear()
+            try:
+                self._step()
+            except Exception:
+                # Whatever it was, the next look starts from the facts again.
+                logger.exception("The controller's step failed")
+            try:
+                async with asyncio.timeout(self._settings.tick_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    def _step(self) -> None:
+        now = time.monotonic()
+        views = self._views()
+        actions = self._state.reconcile(now, views)
+        self.publisher.publish(self._state.routing())
+        for action in actions:
+            self._perform(action)
+        if self.proxies.due(now, views):
+            self._spawn(self.proxies.reconcile(now, views))
+
+    def _perform(self, action: Action) -> None:
+        if isinstance(action, StartReplica):
+            self._launcher.launch(action)
+        elif isinstance(action, StopReplica):
+            self._command(
+                action.worker,
+                command="stop",
+                replica_id=action.replica_id,
+                grace_s=action.grace_s,
+                poll_s=action.poll_s,
+            )
+        elif isinstance(action, ReconfigureReplica):
+            self._command(
+                action.worker,
+                command="reconfigure",
+                replica_id=action.replica_id,
+                user_config=action.user_config,
+                config_generation=action.config_generation,
+            )
+        elif isinstance(action, ReleaseReplica):
+            self._launcher.release(action.replica_id)
+        elif isinstance(action, Settle):
+            self._spawn(self._settle(action))
+
+    def _command(self, worker: str, **details: Any) -> None:
+        if worker in self._scheduler.stream_comms:
+            message = {"op": STREAM_COMMAND, **details}
+            self._scheduler.worker_send(worker, message)
+
+    async def _settle(self, action: Settle) -> None:
+        await self.publisher.wait_acked()
+        future = self._waiting.pop(action.ticket, None)
+        if future is not None and not future.done():
+            future.set_result(action.error)
+
+    async def _settled(self, ticket: int) -> Failure | None:
+        future = asyncio.get_running_loop().create_future()
+        self._waiting[ticket] = future
+        self._wake.set()
+        result: Failure | None = await future
+        return result
+
+    def _views(self) -> dict[str, WorkerView]:
+        return {
+            address: WorkerView(
+                address=address,
+                host=ws.host,
+                name=str(ws.name),
+                nthreads=ws.nthreads,
+                free_threads=ws.nthreads - len(ws.processing),
+                resources=dict(ws.resources),
+                accepting=ws.status == Status.running and self.publisher.has(address),
+            )
+            for address, ws in self._scheduler.workers.items()
+        }
+
+    async def _wait_for_workers(self) -> None:
+        def missing() -> list[str]:
+            workers = self._scheduler.workers
+            return [address for address in workers if not self.publisher.has(address)]
+
+        await _poll(lambda: not missing(), HELLO_TIMEOUT_S)
+        if missing():
+            logger.warning(
+                "daskserve's plugin is not set up within %g s on %s",
+                HELLO_TIMEOUT_S,
+                missing(),
+            )
+
+    def _spawn(self, awaitable: Awaitable[Any]) -> None:
+        task = asyncio.ensure_future(awaitable)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("A task of the controller failed", exc_info=task.exception())
+
+
+async def _poll(predicate: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not predicate() and time.monotonic() < deadline:
+        await asyncio.sleep(0.005)
+
+
+def _new_suffix() -> str:
+    return "".join(random.choices(string.ascii_letters + string.digits, k=6))

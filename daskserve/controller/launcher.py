@@ -1,0 +1,149 @@
+"""Replicas as pinned Dask actors; the only place that submits one. Scheduler."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from distributed import Client, Future, Scheduler, wait
+from distributed.security import Security
+
+from daskserve.controller.actions import StartReplica
+from daskserve.replica.actor import Replica, ReplicaSpec
+
+logger = logging.getLogger(__name__)
+
+#: Before ordinary tasks: creating a replica takes a thread for a moment only.
+PRIORITY = 1_000_000
+
+
+class Launcher:
+    """Submit and release the actors, through a client of the controller's own.
+
+    Actors die with the client that made them, so it must not be the user's.
+
+    Parameters
+    ----------
+    scheduler
+        Where to submit.
+    on_failure
+        Told of a replica that could not be created, or was lost: its id, the reason,
+        and whether it is its own fault.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, on_failure: Callable[[int, str, bool], None]
+    ) -> None:
+        self._scheduler = scheduler
+        self._on_failure = on_failure
+        self._client: Client | None = None
+        self._futures: dict[int, Future] = {}
+        self._ids: dict[str, int] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Connect the controller's client to its own scheduler."""
+        self._client = await Client(
+            self._scheduler.address,
+            asynchronous=True,
+            set_as_default=False,
+            name="daskserve-controller",
+            security=_client_security(self._scheduler),
+        )
+
+    async def close(self) -> None:
+        """Release all actors and close the client."""
+        for replica_id in list(self._futures):
+            self.release(replica_id)
+        for task in list(self._tasks):
+            task.cancel()
+        if self._client is not None:
+            with contextlib.suppress(OSError, TimeoutError):
+                await self._client.close()
+
+    def launch(self, action: StartReplica) -> None:
+        """Submit a replica's actor to its worker."""
+        task = asyncio.ensure_future(self._launch(action))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def release(self, replica_id: int) -> None:
+        """Forget a replica's actor."""
+        future = self._futures.pop(replica_id, None)
+        if future is not None:
+            self._ids.pop(future.key, None)
+            future.release()
+
+    def forget_all(self) -> None:
+        """Forget all actors: ``client.restart()`` has cancelled them."""
+        for replica_id in list(self._futures):
+            self.release(replica_id)
+
+    def key_left_memory(self, key: Any) -> None:
+        """Note that a task has left memory; one of ours was not told to."""
+        replica_id = self._ids.get(key)
+        if replica_id is not None:
+            self._on_failure(replica_id, "its Dask actor was cancelled or lost", False)
+
+    async def _launch(self, action: StartReplica) -> None:
+        assert self._client is not None
+        spec = ReplicaSpec(
+            replica_id=action.replica_id,
+            tag=action.tag,
+            deployment=action.spec.name,
+            code=action.spec.code,
+            init=action.spec.init,
+            user_config=action.spec.user_config,
+            config_generation=action.config_generation,
+            max_ongoing_requests=action.spec.max_ongoing_requests,
+        )
+        try:
+            future = self._client.submit(
+                Replica,
+                spec,
+                actor=True,
+                key=f"daskserve-{action.tag}-{action.replica_id}",
+                workers=[action.worker],
+                allow_other_workers=False,
+                pure=False,
+                priority=PRIORITY,
+            )
+            self._futures[action.replica_id] = future
+            self._ids[future.key] = action.replica_id
+            # Not `await future`: that would make an `Actor` here, which binds itself to
+            # whatever client this process has.
+            with self._client.as_current():
+                await wait([future])
+            if future.status == "error" and action.replica_id in self._futures:
+                error = await future.exception()
+                reason = f"the Dask actor could not be created: {error!r}"
+                self._on_failure(action.replica_id, reason, True)
+        except asyncio.CancelledError:
+            if action.replica_id in self._futures:  # not the launcher's own end
+                self._on_failure(action.replica_id, "its actor was cancelled", False)
+            raise
+        except Exception as err:
+            logger.exception("cannot submit replica %s", action.tag)
+            self._on_failure(action.replica_id, f"cannot be submitted: {err!r}", True)
+
+
+def _client_security(scheduler: Scheduler) -> Security:
+    """Return a `Security` with which a client in the scheduler's process can connect.
+
+    A scheduler that was started from the command line has the certificate of its own
+    role only; it serves as a client's as well.
+    """
+    security: Security = scheduler.security
+    tls = security.get_tls_config_for_role("scheduler")
+    if tls.get("tls_cert") is None:
+        return security
+    return Security(
+        require_encryption=security.require_encryption,
+        tls_ca_file=tls["tls_ca_file"],
+        tls_client_cert=tls["tls_cert"],
+        tls_client_key=tls["tls_key"],
+        tls_ciphers=tls.get("tls_ciphers"),
+    )

@@ -1,0 +1,355 @@
+"""Which worker gets the next replica: a plain function, no I/O, scheduler process.
+
+What Dask tells about the workers comes in (:class:`WorkerView`) with what our own
+replicas take there (:class:`Occupancy`); an address or a readable reason goes out.
+Dask gives a task's resources back when the task ends, so it counts nothing for an
+actor that merely exists; the counting for replicas is therefore done here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+# Resources are floats that users add up, as in three times 0.1 on a worker of 0.3.
+_EPSILON = 1e-9
+_MAX_LISTED = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerView:
+    """One worker as the controller sees it at one moment.
+
+    Parameters
+    ----------
+    address
+        Address in Dask's form, such as ``tcp://10.0.0.1:4000``.
+    host
+        Host of that address.
+    name
+        Name of the worker, as text.
+    nthreads
+        Number of its threads.
+    free_threads
+        How many of them run no task now.
+    resources
+        Its Dask resources, as totals.
+    accepting
+        Whether it takes new work: running, neither paused nor closing.
+    """
+
+    address: str
+    host: str
+    name: str
+    nthreads: int
+    free_threads: int
+    resources: Mapping[str, float]
+    accepting: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Unplaceable:
+    """There is no worker for a replica now.
+
+    Parameters
+    ----------
+    reason
+        What it waits for, readable by users.
+    holders
+        Names of the deployments that hold what is missing. Empty if nothing that
+        they could give back would help.
+    """
+
+    reason: str
+    holders: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Occupancy:
+    """What all our replicas take on each worker; kept current while placing."""
+
+    #: Number of replicas per worker.
+    load: Counter[str] = field(default_factory=Counter)
+    #: Resources in use, per worker and resource.
+    used: defaultdict[tuple[str, str], float] = field(
+        default_factory=lambda: defaultdict(float)
+    )
+    #: Deployments that use them, likewise.
+    holders: defaultdict[tuple[str, str], set[str]] = field(
+        default_factory=lambda: defaultdict(set)
+    )
+    #: Replicas sent since the views were taken; they will take a thread each.
+    sent: Counter[str] = field(default_factory=Counter)
+
+    def add(self, worker: str, name: str, resources: Mapping[str, float]) -> None:
+        """Count a replica that is on a worker already.
+
+        Parameters
+        ----------
+        worker
+            Address of the worker.
+        name
+            Deployment of the replica.
+        resources
+            What the replica takes.
+        """
+        self.load[worker] += 1
+        for resource, amount in resources.items():
+            self.used[worker, resource] += amount
+            self.holders[worker, resource].add(name)
+
+    def send(self, worker: str, name: str, resources: Mapping[str, float]) -> None:
+        """Count a replica that is being sent to a worker right now.
+
+        Parameters
+        ----------
+        worker
+            Address of the worker.
+        name
+            Deployment of the replica.
+        resources
+            What the replica takes.
+        """
+        self.add(worker, name, resources)
+        self.sent[worker] += 1
+
+    def free(self, view: WorkerView, resource: str) -> float:
+        """How much of a resource our replicas leave on a worker.
+
+        Parameters
+        ----------
+        view
+            The worker.
+        resource
+            Name of the resource.
+
+        Returns
+        -------
+        float
+            Total minus what is used; 0 if the worker has none.
+        """
+        used = self.used.get((view.address, resource), 0.0)
+        return view.resources.get(resource, 0.0) - used
+
+
+def place(
+    *,
+    resources: Mapping[str, float],
+    workers: tuple[str, ...],
+    views: Mapping[str, WorkerView],
+    occupancy: Occupancy,
+    own: Mapping[str, int],
+    own_hosts: Mapping[str, int],
+    failures: Mapping[str, int],
+) -> str | Unplaceable:
+    """Choose the worker for the next replica of a deployment.
+
+    Of the workers that match and have room, the first in this order is taken:
+
+    1. one with a free thread: without, the actor is not even created until some task
+       ends, which may take hours. A replica that serves now is worth more than a
+       better spread, so this goes before everything else;
+    2. where the constructor failed least often;
+    3. on the host with the fewest replicas of this deployment (a host dies whole);
+    4. with the fewest replicas of this deployment itself;
+    5. with the fewest replicas of all deployments;
+    6. the lowest address, so that the outcome is predictable.
+
+    Parameters
+    ----------
+    resources
+        Amounts that the replica needs on one worker.
+    workers
+        Addresses, hosts or names that are allowed, as in Dask. Empty: all.
+    views
+        The workers of the cluster by address.
+    occupancy
+        What all replicas take now.
+    own
+        Number of replicas of this deployment (and of its generation) per worker.
+    own_hosts
+        The same per host.
+    failures
+        How often the constructor failed per worker.
+
+    Returns
+    -------
+    str or Unplaceable
+        The worker's address, or the reason why there is none.
+    """
+
+    def rank(view: WorkerView) -> tuple[bool, int, int, int, int, str]:
+        address = view.address
+        return (
+            view.free_threads <= occupancy.sent[address],
+            failures.get(address, 0),
+            own_hosts.get(view.host, 0),
+            own.get(address, 0),
+            occupancy.load[address],
+            address,
+        )
+
+    found = _with_room(resources, workers, views, occupancy)
+    if isinstance(found, Unplaceable):
+        return found
+    return min(found, key=rank).address
+
+
+def matches(view: WorkerView, workers: tuple[str, ...]) -> bool:
+    """Whether a worker is allowed by a restriction.
+
+    Parameters
+    ----------
+    view
+        The worker.
+    workers
+        Addresses (with or without protocol), hosts or names. Empty: all.
+
+    Returns
+    -------
+    bool
+        True if it is.
+    """
+    if not workers:
+        return True
+    bare = view.address.partition("://")[2]
+    return not {view.address, bare, view.host, view.name}.isdisjoint(workers)
+
+
+def fits(
+    view: WorkerView,
+    resources: Mapping[str, float],
+    occupancy: Occupancy,
+    given_back: Mapping[str, float],
+) -> bool:
+    """Whether a worker has room, once some resources are given back there.
+
+    Parameters
+    ----------
+    view
+        The worker.
+    resources
+        Amounts needed.
+    occupancy
+        What all replicas take now.
+    given_back
+        Amounts that would be released. Empty: none.
+
+    Returns
+    -------
+    bool
+        True if all of them fit.
+    """
+    return all(
+        occupancy.free(view, resource) + given_back.get(resource, 0.0)
+        >= amount - _EPSILON
+        for resource, amount in resources.items()
+    )
+
+
+def _with_room(
+    resources: Mapping[str, float],
+    workers: tuple[str, ...],
+    views: Mapping[str, WorkerView],
+    occupancy: Occupancy,
+) -> list[WorkerView] | Unplaceable:
+    """Filter step by step, so that the reason names the step that left nothing."""
+    if not views:
+        return Unplaceable("no worker on the cluster")
+    matching = [v for v in views.values() if matches(v, workers)]
+    if not matching:
+        known = _listed(f"{v.address} ({v.name})" for v in _sorted(views.values()))
+        return Unplaceable(f"no worker matches workers={workers!r}; there are {known}")
+    offering = [v for v in matching if _offers(v, resources)]
+    if not offering:
+        return Unplaceable(_nobody_offers(resources, matching, restricted=workers))
+    accepting = [v for v in offering if v.accepting]
+    if not accepting:
+        known = _listed(v.address for v in _sorted(offering))
+        return Unplaceable(f"paused or closing: {known}, and no other worker will do")
+    roomy = [v for v in accepting if fits(v, resources, occupancy, {})]
+    return roomy or _crowded(resources, accepting, occupancy)
+
+
+def _offers(view: WorkerView, resources: Mapping[str, float]) -> bool:
+    return all(
+        view.resources.get(name, 0.0) >= amount - _EPSILON
+        for name, amount in resources.items()
+    )
+
+
+def _nobody_offers(
+    resources: Mapping[str, float],
+    views: list[WorkerView],
+    *,
+    restricted: tuple[str, ...],
+) -> str:
+    wish = ", ".join(f"{name}={amount:g}" for name, amount in resources.items())
+    facts = []
+    for name in resources:
+        amounts = [v.resources[name] for v in views if v.resources.get(name, 0.0) > 0]
+        fact = f"{len(amounts)} of {len(views)} workers have {name}"
+        facts.append(f"{fact}, at most {max(amounts):g}" if amounts else fact)
+    among = f" among workers={restricted!r}" if restricted else ""
+    return (
+        f"no worker{among} offers {wish} ({'; '.join(facts)}); "
+        f"start one with `dask worker --resources '{wish.replace(',', '')}'`"
+    )
+
+
+def _crowded(
+    resources: Mapping[str, float], views: list[WorkerView], occupancy: Occupancy
+) -> Unplaceable:
+    """Say which resources are short on the workers that have them in principle."""
+    short = [
+        name
+        for name, amount in resources.items()
+        if not any(fits(v, {name: amount}, occupancy, {}) for v in views)
+    ]
+    # Each may be free somewhere, though all of them on no single worker.
+    short = short or list(resources)
+    texts = []
+    all_holders: set[str] = set()
+    for name in short:
+        holders = _holders(name, views, occupancy)
+        if holders:
+            all_holders |= holders
+            texts.append(_in_use(name, resources[name], views, occupancy, holders))
+    return Unplaceable("; ".join(texts), tuple(sorted(all_holders)))
+
+
+def _holders(name: str, views: list[WorkerView], occupancy: Occupancy) -> set[str]:
+    held = (occupancy.holders.get((v.address, name), set()) for v in views)
+    return set().union(*held)
+
+
+def _in_use(
+    name: str,
+    amount: float,
+    views: list[WorkerView],
+    occupancy: Occupancy,
+    holders: set[str],
+) -> str:
+    free = [occupancy.free(v, name) for v in views]
+    total = sum(v.resources.get(name, 0.0) for v in views)
+    if max(free) <= _EPSILON:
+        what = f"all {name} in use"
+    else:
+        most = f"asked for {amount:g}, at most {max(free):g} free"
+        what = f"too little {name} free on one worker ({most})"
+    held = total - sum(free)
+    who = _listed(sorted(holders))
+    return f"{what}: {held:g} of {total:g} held by replicas of {who}"
+
+
+def _sorted(views: Iterable[WorkerView]) -> list[WorkerView]:
+    return sorted(views, key=attrgetter("address"))
+
+
+def _listed(items: Iterable[str]) -> str:
+    names = list(items)
+    rest = len(names) - _MAX_LISTED
+    shown = ", ".join(names[:_MAX_LISTED])
+    return f"{shown} and {rest} more" if rest > 0 else shown

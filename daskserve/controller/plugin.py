@@ -1,0 +1,260 @@
+"""The scheduler plugin: Dask's hooks and the ops that clients call. Scheduler.
+
+It decides nothing: hooks and ops go on to the `Instance`, errors come back as plain
+dicts that `session.Session.rpc` raises again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from distributed import Scheduler
+from distributed.diagnostics.plugin import SchedulerPlugin
+
+from daskserve.controller.actions import Failure
+from daskserve.controller.instance import Instance
+from daskserve.controller.proxy_manager import HTTPConfig
+from daskserve.controller.records import Spec
+from daskserve.exceptions import (
+    ProxyStartError,
+    ServeError,
+    ServeNotRunningError,
+)
+from daskserve.transport.messages import STREAM_ACK, STREAM_HELLO, STREAM_REPLICA
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[..., Coroutine[Any, Any, dict[str, Any]]]
+
+NAME = "daskserve"
+
+
+def _answers(function: Callable[..., Coroutine[Any, Any, Any]]) -> Handler:
+    """Make an op of a method: its result, or what it raised, in a plain dict."""
+
+    @functools.wraps(function)
+    async def handler(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            result = await function(*args, **kwargs)
+        except (ServeError, KeyError, TypeError, ValueError) as err:
+            text = str(err.args[0]) if err.args else str(err)
+            return {"status": "error", "kind": type(err).__name__, "text": text}
+        if isinstance(result, Failure):
+            return {"status": "error", "kind": result.kind, "text": result.text}
+        return {"status": "OK", "result": result}
+
+    return handler
+
+
+class ServeController(SchedulerPlugin):
+    """daskserve's part of the scheduler."""
+
+    name = NAME
+    idempotent = True
+
+    def __init__(self) -> None:
+        self._scheduler: Scheduler | None = None
+        self._instance: Instance | None = None
+        self._starting = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ServeController, ()
+
+    # Dask's hooks.
+
+    async def start(self, scheduler: Scheduler) -> None:
+        """Add our ops to the scheduler; once, though Dask may call twice."""
+        if self._scheduler is not None:
+            return
+        self._scheduler = scheduler
+        for op in (
+            self.serve_start,
+            self.serve_info,
+            self.serve_deploy,
+            self.serve_delete,
+            self.serve_get,
+            self.serve_list,
+            self.serve_status,
+            self.serve_subscribe,
+            self.serve_shutdown,
+        ):
+            scheduler.handlers[op.__name__] = op
+        scheduler.stream_handlers[STREAM_HELLO] = self._hello
+        scheduler.stream_handlers[STREAM_ACK] = self._ack
+        scheduler.stream_handlers[STREAM_REPLICA] = self._replica_news
+
+    async def before_close(self) -> None:
+        """End with the scheduler."""
+        if self._instance is not None:
+            await self._instance.close()
+
+    def add_worker(self, scheduler: Scheduler, worker: str) -> None:
+        """Look again: there may be room now."""
+        if self._instance is not None:
+            self._instance.worker_added()
+
+    def remove_worker(
+        self, scheduler: Scheduler, worker: str, *, stimulus_id: str, **kwargs: Any
+    ) -> None:
+        """Replace what was on a worker that has gone."""
+        if self._instance is not None:
+            self._instance.worker_removed(worker)
+
+    def remove_client(self, scheduler: Scheduler, client: str) -> None:
+        """End an instance that is not detached with the client that started it."""
+        if self._instance is None:
+            return
+        self._instance.publisher.unsubscribe(client)
+        if client == self._instance.owner and not self._instance.detached:
+            logger.info("Client %s has gone and its instance ends with it", client)
+            task = asyncio.ensure_future(self._end())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def restart(self, scheduler: Scheduler) -> None:
+        """Replace everything: all actors are gone."""
+        if self._instance is not None:
+            self._instance.restarted()
+
+    def transition(
+        self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Notice an actor of ours that somebody cancelled."""
+        # Called for each transition of each task on the cluster.
+        if start == "memory" and self._instance is not None:
+            self._instance.key_left_memory(key)
+
+    # Streams.
+
+    def _hello(self, worker: str) -> None:
+        if self._instance is not None:
+            self._instance.hello(worker)
+
+    def _ack(
+        self, version: int, worker: str | None = None, client: str | None = None
+    ) -> None:
+        subscriber = worker or client
+        if self._instance is not None and subscriber is not None:
+            self._instance.publisher.acked(subscriber, version)
+
+    def _replica_news(self, worker: str, replica_id: int, news: dict[str, Any]) -> None:
+        if self._instance is not None:
+            self._instance.replica_news(replica_id, news)
+
+    # Ops.
+
+    @_answers
+    async def serve_start(
+        self,
+        http: dict[str, Any],
+        detached: bool,
+        client: str,
+        worker_plugin: bytes,
+    ) -> dict[str, Any]:
+        """Start an instance, or return what runs already."""
+        assert self._scheduler is not None
+        async with self._starting:
+            if self._instance is not None:
+                return {**self._info(self._instance), "started": False}
+            instance = Instance(
+                self._scheduler, HTTPConfig(**http), detached=detached, owner=client
+            )
+            self._instance = instance  # workers say hello to it
+            try:
+                await self._scheduler.register_worker_plugin(
+                    comm=None, plugin=worker_plugin, name=NAME, idempotent=False
+                )
+                errors = await instance.start()
+            except BaseException:
+                await self._end()
+                raise
+            if errors:
+                await self._end()
+                raise ProxyStartError("; ".join(errors))
+            return {**self._info(instance), "started": True}
+
+    @_answers
+    async def serve_info(self) -> dict[str, Any]:
+        """Return what `connect` needs."""
+        return self._info(self._running())
+
+    @_answers
+    async def serve_deploy(
+        self, spec: dict[str, Any], prev_version: str | None
+    ) -> Failure | None:
+        """Deploy, and answer when that is settled."""
+        return await self._running().deploy(Spec.from_message(spec), prev_version)
+
+    @_answers
+    async def serve_delete(self, name: str) -> Failure | None:
+        """Delete, and answer when nothing of it is left."""
+        return await self._running().delete(name)
+
+    @_answers
+    async def serve_get(self, name: str) -> dict[str, Any]:
+        """Return a deployment's code and options, which are opaque here."""
+        spec = self._running().spec(name)
+        return {"code": spec.code, "options": spec.options}
+
+    @_answers
+    async def serve_list(self) -> dict[str, dict[str, Any]]:
+        """Return code and options of all deployments, by name."""
+        instance = self._running()
+        specs = {name: instance.spec(name) for name in instance.names()}
+        return {
+            name: {"code": spec.code, "options": spec.options}
+            for name, spec in specs.items()
+        }
+
+    @_answers
+    async def serve_status(self) -> dict[str, Any]:
+        """Return the status of everything."""
+        return self._running().status()
+
+    @_answers
+    async def serve_subscribe(self, client: str) -> dict[str, Any]:
+        """Send snapshots to a client from now on; return the present one."""
+        publisher = self._running().publisher
+        publisher.subscribe(client)
+        return {"version": publisher.version, "snapshot": publisher.snapshot}
+
+    @_answers
+    async def serve_shutdown(self) -> None:
+        """End the instance; none running is fine."""
+        async with self._starting:
+            if self._instance is not None:
+                await self._instance.shutdown()
+                await self._end()
+
+    # Parts.
+
+    def _running(self) -> Instance:
+        if self._instance is None:
+            assert self._scheduler is not None
+            raise ServeNotRunningError(
+                f"no daskserve instance runs on the cluster at "
+                f"{self._scheduler.address}: call serve.start() first"
+            )
+        return self._instance
+
+    def _info(self, instance: Instance) -> dict[str, Any]:
+        return {
+            "http_urls": instance.proxies.urls,
+            "options": instance.http.options,
+            "detached": instance.detached,
+        }
+
+    async def _end(self) -> None:
+        """Close what is left of the instance and take the plugin off the workers."""
+        assert self._scheduler is not None
+        instance, self._instance = self._instance, None
+        if instance is not None:
+            await instance.close()
+        if NAME in self._scheduler.worker_plugins:
+            await self._scheduler.unregister_worker_plugin(comm=None, name=NAME)
+

@@ -1,0 +1,125 @@
+"""Routes go down as numbered whole snapshots; who has which is known. Scheduler."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from distributed import Scheduler
+
+from daskserve.transport.messages import STREAM_LOST, STREAM_ROUTES
+
+logger = logging.getLogger(__name__)
+
+#: A worker's address, a client's id, or `LOCAL`.
+Subscriber = str
+#: The proxy in the scheduler's own process.
+LOCAL = "scheduler"
+
+
+class Publisher:
+    """Tell all proxies and handles where requests go.
+
+    Parameters
+    ----------
+    scheduler
+        Whose streams are used.
+    ack_timeout_s
+        How long `wait_acked` waits for those who do not answer.
+    """
+
+    def __init__(self, scheduler: Scheduler, ack_timeout_s: float) -> None:
+        # Above those of any instance before, for clients outlive instances.
+        self.version = int(time.time() * 1000)
+        self.snapshot: dict[str, Any] = {"routes": {}, "deployments": {}}
+        self._scheduler = scheduler
+        self._ack_timeout_s = ack_timeout_s
+        self._acked: dict[Subscriber, int] = {}
+        self._ack = asyncio.Event()
+        self._local: Callable[[int, dict[str, Any]], None] | None = None
+
+    def publish(self, snapshot: dict[str, Any]) -> None:
+        """Send a snapshot to all who subscribed, if it is news."""
+        if snapshot != self.snapshot:
+            self.snapshot = snapshot
+            self.version += 1
+            for subscriber in list(self._acked):
+                self._send(subscriber)
+
+    def subscribe(self, subscriber: Subscriber) -> None:
+        """Add a worker or client and send it the newest snapshot."""
+        self._acked[subscriber] = -1
+        self._send(subscriber)
+
+    def subscribe_local(self, take: Callable[[int, dict[str, Any]], None]) -> None:
+        """Add the proxy in this process; `take` gets number and snapshot."""
+        self._local = take
+        self.subscribe(LOCAL)
+
+    def unsubscribe(self, subscriber: Subscriber) -> None:
+        """Forget one that has gone."""
+        if self._acked.pop(subscriber, None) is not None:
+            self._ack.set()
+
+    def has(self, subscriber: Subscriber) -> bool:
+        """Whether `subscriber` gets snapshots."""
+        return subscriber in self._acked
+
+    def acked(self, subscriber: Subscriber, version: int) -> None:
+        """Note that a snapshot took effect there."""
+        if version > self._acked.get(subscriber, version):
+            self._acked[subscriber] = version
+            self._ack.set()
+
+    async def wait_acked(self) -> list[Subscriber]:
+        """Wait until all have the present snapshot; return those who do not answer.
+
+        They are not waited for any longer: a process that is stopped or cut off must
+        not hold up a deployment.
+        """
+        version = self.version
+        try:
+            async with asyncio.timeout(self._ack_timeout_s):
+                while late := self._behind(version):
+                    self._ack.clear()
+                    await self._ack.wait()
+        except TimeoutError:
+            late = self._behind(version)
+            logger.warning(
+                "No answer within %g s from %s: they may still route as before",
+                self._ack_timeout_s,
+                late,
+            )
+        return late
+
+    def worker_lost(self, address: str) -> None:
+        """Tell everybody that a worker has gone, so that nobody waits for it."""
+        self.unsubscribe(address)
+        for subscriber in self._acked:
+            if subscriber != LOCAL:
+                message = {"op": STREAM_LOST, "worker": address}
+                self._send_message(subscriber, message)
+
+    def _behind(self, version: int) -> list[Subscriber]:
+        return [s for s, acked in self._acked.items() if acked < version]
+
+    def _send(self, subscriber: Subscriber) -> None:
+        if subscriber == LOCAL:
+            if self._local is not None:
+                self._local(self.version, self.snapshot)
+            return
+        message = {
+            "op": STREAM_ROUTES,
+            "version": self.version,
+            "snapshot": self.snapshot,
+        }
+        self._send_message(subscriber, message)
+
+    def _send_message(self, subscriber: Subscriber, message: dict[str, Any]) -> None:
+        if subscriber in self._scheduler.stream_comms:
+            self._scheduler.worker_send(subscriber, message)
+        else:
+            self._scheduler.client_send(subscriber, message)

@@ -1,0 +1,343 @@
+"""The level-triggered half: what is compared with what should be. No I/O.
+
+For each deployment :func:`observe` runs first, for all, and then :func:`advance`: by
+then it is known which replicas are gone, so that their room can be given away.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from daskserve.controller import events
+from daskserve.controller.actions import ReconfigureReplica, StartReplica
+from daskserve.controller.deployment_state import ManagedDeployment
+from daskserve.controller.goals import count_failure, judge, waits_for
+from daskserve.controller.placement import (
+    Occupancy,
+    Unplaceable,
+    WorkerView,
+    fits,
+    matches,
+    place,
+)
+from daskserve.controller.records import Goal, Replica, ReplicaState
+
+
+@dataclass(kw_only=True)
+class Pass:
+    """What one ``reconcile()`` works with."""
+
+    now: float
+    views: Mapping[str, WorkerView]
+    deployments: Iterable[ManagedDeployment]
+
+    @cached_property
+    def occupancy(self) -> Occupancy:
+        """What replicas take; counted when first needed, for mostly it is not."""
+        occupancy = Occupancy()
+        for d in self.deployments:
+            for replica in d.replicas.values():
+                if replica.worker:
+                    resources = replica.spec.resources
+                    occupancy.add(replica.worker, d.name, resources)
+        return occupancy
+
+
+def is_at_rest(d: ManagedDeployment, views: Mapping[str, WorkerView]) -> bool:
+    """Whether nothing has happened to a deployment since it was in order.
+
+    Parameters
+    ----------
+    d
+        The deployment.
+    views
+        The workers of the cluster by address.
+
+    Returns
+    -------
+    bool
+        True if it can be passed over, which is what a big cluster lives on.
+    """
+    return d.at_rest and all(r.worker in views for r in d.replicas.values())
+
+
+# First half: what time and workers did
+
+
+def observe(d: ManagedDeployment, now: float, views: Mapping[str, WorkerView]) -> None:
+    """Find what is lost, late or done.
+
+    Parameters
+    ----------
+    d
+        The deployment.
+    now
+        Time in seconds.
+    views
+        The workers of the cluster by address.
+    """
+    _lose_workers(d, now, views)
+    _give_up_draining(d, now)
+    if d.deleting:
+        return
+    if d.target.in_progress:
+        judge(d, now)
+    _give_up_overdue(d, now)
+    for goal in d.upkeep():
+        if goal.reached and goal.failures and d.ready(goal) >= goal.spec.num_replicas:
+            goal.forget_failures()
+
+
+def _lose_workers(
+    d: ManagedDeployment, now: float, views: Mapping[str, WorkerView]
+) -> None:
+    gone: dict[str, list[Replica]] = {}
+    for replica in d.replicas.values():
+        if replica.worker and replica.worker not in views:
+            gone.setdefault(replica.worker, []).append(replica)
+    for worker, replicas in gone.items():
+        reason = f"worker {worker} left the cluster"
+        events.lost(d, replicas, reason, now, blame=True)
+
+
+def _give_up_draining(d: ManagedDeployment, now: float) -> None:
+    for replica in list(d.replicas.values()):
+        if replica.state == ReplicaState.STOPPING and now >= replica.stop_deadline:
+            d.release(replica)
+
+
+def _give_up_overdue(d: ManagedDeployment, now: float) -> None:
+    """Replace what hangs, where no deadline of a ``deploy()`` watches over it."""
+    for replica in list(d.replicas.values()):
+        goal = d.goal_of(replica)
+        if goal is None or goal.in_progress:
+            continue
+        starting = replica.state == ReplicaState.STARTING
+        running = replica.state == ReplicaState.RUNNING
+        # One that hangs in a configuration just given up is first given the former.
+        current = replica.config_generation == goal.config_generation
+        hangs = starting or (running and replica.reconfiguring and current)
+        if hangs and now - replica.since >= goal.spec.deploy_timeout_s:
+            text = waits_for(replica, now)
+            d.note_death(replica, text, now)
+            d.stop(replica, now)
+            if starting:
+                count_failure(d, replica, text, now)
+
+
+# Second half: what is started and stopped
+
+
+def advance(d: ManagedDeployment, this: Pass) -> None:
+    """Start, reconfigure and stop replicas as the goals demand.
+
+    Parameters
+    ----------
+    d
+        The deployment.
+    this
+        The pass.
+    """
+    former = d.former
+    if former is not None and d.running(d.target) and not d.running(former):
+        # None of the old code is left to take requests: the new code does, for good.
+        d.target.rolling = True
+    goals = d.upkeep()
+    _stop_unwanted(d, goals, this.now)
+    for goal in goals:
+        _trim(d, goal, this)
+        _reconfigure(d, goal, this.now)
+        for _ in range(goal.spec.num_replicas - len(d.alive(goal))):
+            d.add(goal, this.now)
+    for goal in goals:
+        crowded = _place_pending(d, goal, this)
+        if former is not None and crowded and goal is d.target:
+            _make_room(d, former, crowded, this)
+    d.at_rest = _is_in_order(d)
+
+
+def _stop_unwanted(d: ManagedDeployment, goals: list[Goal], now: float) -> None:
+    wanted = {goal.generation for goal in goals}
+    former = d.former
+    # Old replicas that run go one by one, or all at once when the new ones are ready.
+    waiting = former.generation if former is not None and not d.deleting else None
+    for replica in list(d.replicas.values()):
+        if replica.state == ReplicaState.STOPPING or replica.generation in wanted:
+            continue
+        running = replica.state == ReplicaState.RUNNING
+        if not (running and replica.generation == waiting):
+            d.stop(replica, now)
+
+
+def _trim(d: ManagedDeployment, goal: Goal, this: Pass) -> None:
+    """Stop what is too much: what does not run first, then the most crowded."""
+    alive = d.alive(goal)
+    surplus = len(alive) - goal.spec.num_replicas
+    if surplus <= 0:
+        return
+    order = [ReplicaState.PENDING, ReplicaState.STARTING, ReplicaState.RUNNING]
+    own = Counter(r.worker for r in alive)
+    seen: Counter[str] = Counter()
+    ranks = []
+    for replica in alive:
+        # The third one on its worker goes before the second one on any other, which
+        # keeps the rest spread; then it counts what others have there.
+        seen[replica.worker] += 1
+        ranks.append(
+            (
+                order.index(replica.state),
+                replica.ready_for(goal),
+                -seen[replica.worker],
+                own[replica.worker] - this.occupancy.load[replica.worker],
+                -replica.replica_id,
+            )
+        )
+    for *_, negative_id in sorted(ranks)[:surplus]:
+        d.stop(d.replicas[-negative_id], this.now)
+
+
+def _reconfigure(d: ManagedDeployment, goal: Goal, now: float) -> None:
+    for replica in d.running(goal):
+        if replica.config_generation != goal.config_generation:
+            replica.config_generation = goal.config_generation
+            replica.reconfiguring = True
+            replica.enter(ReplicaState.RUNNING, "running reconfigure()", now)
+            d.shared.actions.append(
+                ReconfigureReplica(
+                    replica.replica_id,
+                    replica.worker,
+                    goal.spec.user_config,
+                    goal.config_generation,
+                )
+            )
+
+
+def _place_pending(d: ManagedDeployment, goal: Goal, this: Pass) -> int:
+    """Send pending replicas to workers.
+
+    Returns
+    -------
+    int
+        How many found no room because replicas of this very deployment have it.
+    """
+    due = [
+        r
+        for r in d.alive(goal)
+        if r.state == ReplicaState.PENDING and r.not_before <= this.now
+    ]
+    if not due:
+        return 0
+    # Old code beside it does not count: it goes, and what is left should be spread.
+    placed = [r for r in d.alive(goal) if r.worker]
+    own = Counter(r.worker for r in placed)
+    own_hosts = Counter(r.host for r in placed)
+    for number, replica in enumerate(due):
+        found = place(
+            resources=goal.spec.resources,
+            workers=goal.spec.workers,
+            views=this.views,
+            occupancy=this.occupancy,
+            own=own,
+            own_hosts=own_hosts,
+            failures=goal.failed_on,
+        )
+        if isinstance(found, Unplaceable):
+            # The others ask for the same, so they need not be tried.
+            return _note_unplaceable(d, due[number:], found)
+        _start(d, goal, replica, this.views[found], this)
+        own[found] += 1
+        own_hosts[replica.host] += 1
+    return 0
+
+
+def _note_unplaceable(
+    d: ManagedDeployment, replicas: list[Replica], found: Unplaceable
+) -> int:
+    mine = d.former is not None and d.name in found.holders
+    hint = (
+        "; its old replicas stop only after new ones run: make room for one more, "
+        "or delete() it first"
+    )
+    for replica in replicas:
+        replica.reason = f"waits for a worker: {found.reason}{hint if mine else ''}"
+    return len(replicas) if mine else 0
+
+
+def _start(
+    d: ManagedDeployment, goal: Goal, replica: Replica, view: WorkerView, this: Pass
+) -> None:
+    worker = view.address
+    this.occupancy.send(worker, d.name, goal.spec.resources)
+    replica.worker = worker
+    replica.host = view.host
+    replica.spec = goal.spec
+    replica.config_generation = goal.config_generation
+    reason = f"waiting for a free thread on {worker}"
+    replica.enter(ReplicaState.STARTING, reason, this.now)
+    d.shared.actions.append(
+        StartReplica(
+            replica.replica_id,
+            replica.tag,
+            worker,
+            goal.spec,
+            goal.config_generation,
+        )
+    )
+
+
+def _make_room(d: ManagedDeployment, former: Goal, crowded: int, this: Pass) -> None:
+    """Let old replicas give way to new ones, one for one.
+
+    Never below the old number, counting both; and the last old one only to the last
+    new one, since more of them might find no room ever, and the deployment would have
+    nothing left to go back to.
+    """
+    old, new = d.running(former), d.running(d.target)
+    if not new:
+        return
+    going = sum(
+        r.generation == former.generation and r.state == ReplicaState.STOPPING
+        for r in d.replicas.values()
+    )
+    missing = d.target.spec.num_replicas - d.ready(d.target)
+    number = min(
+        crowded - going,
+        len(old) + len(new) - former.spec.num_replicas,
+        len(old) - (missing > 1),
+    )
+    useful = [r for r in old if _helps(d, former, r.worker, this)]
+    for replica in useful[::-1][: max(0, number)]:
+        d.target.rolling = True
+        d.stop(replica, this.now)
+
+
+def _helps(d: ManagedDeployment, former: Goal, worker: str, this: Pass) -> bool:
+    """Whether a new replica fits on a worker once the old ones there are gone."""
+    view = this.views[worker]
+    spec = d.target.spec
+    there = sum(
+        r.generation == former.generation and r.worker == worker
+        for r in d.replicas.values()
+    )
+    given_back = {
+        name: there * amount for name, amount in former.spec.resources.items()
+    }
+    return (
+        view.accepting
+        and matches(view, spec.workers)
+        and fits(view, spec.resources, this.occupancy, given_back)
+    )
+
+
+def _is_in_order(d: ManagedDeployment) -> bool:
+    if d.deleting or d.target.in_progress:
+        return False
+    goal = d.target if d.target.reached else d.serving
+    wanted = goal.spec.num_replicas if goal else 0
+    return len(d.replicas) == wanted and all(
+        goal is not None and r.generation == goal.generation and r.ready_for(goal)
+        for r in d.replicas.values()
+    )

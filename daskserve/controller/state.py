@@ -1,0 +1,421 @@
+"""The controller's brain: events and observed workers in, actions out.
+
+Runs in the scheduler process, but knows neither `distributed` nor a clock nor chance:
+all of that is passed in. The plugin calls the events as they come, then
+:meth:`ControllerState.reconcile`, and carries out what that returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import count
+from typing import Any
+
+from daskserve.controller import events, reports
+from daskserve.controller.actions import Action, Settle
+from daskserve.controller.deployment_state import ManagedDeployment, Shared
+from daskserve.controller.goals import begin_delete, set_goal
+from daskserve.controller.placement import WorkerView
+from daskserve.controller.records import Goal, Replica, Spec
+from daskserve.controller.rollout import Pass, advance, is_at_rest, observe
+
+
+def default_max_failures(num_replicas: int) -> int:
+    """How many failed constructors a ``deploy()`` may see.
+
+    Parameters
+    ----------
+    num_replicas
+        Number of replicas wanted.
+
+    Returns
+    -------
+    int
+        Three per replica, but 20 at most.
+    """
+    return min(20, 3 * num_replicas)
+
+
+class ControllerState:
+    """All deployments of an instance, and what to do about them.
+
+    Parameters
+    ----------
+    new_suffix
+        Makes the end of a replica's tag: about six random-looking characters.
+    first_id
+        Number of the first replica.
+    max_failures
+        How many failed constructors a ``deploy()`` may see, by ``num_replicas``.
+    """
+
+    def __init__(
+        self,
+        *,
+        new_suffix: Callable[[], str],
+        first_id: int = 1,
+        max_failures: Callable[[int], int] = default_max_failures,
+    ) -> None:
+        self._shared = Shared(
+            ids=count(first_id), new_suffix=new_suffix, max_failures=max_failures
+        )
+        self._tickets = count(1)
+        self._live: dict[str, ManagedDeployment] = {}
+        #: Deleted ones with replicas left; names may come twice and be live again.
+        self._draining: list[ManagedDeployment] = []
+        self._shutdown_tickets: list[int] = []
+
+    # Wishes
+
+    def deploy(self, spec: Spec, *, prev_version: str | None, now: float) -> int:
+        """Want a deployment to be so.
+
+        Parameters
+        ----------
+        spec
+            The wish.
+        prev_version
+            The version that must be there now. None: whatever there is.
+        now
+            Time in seconds.
+
+        Returns
+        -------
+        int
+            A ticket that is settled when the outcome is known.
+
+        Raises
+        ------
+        ValueError
+            If the version is another, or another deployment has the route prefix.
+        """
+        there = self._live.get(spec.name)
+        self._check_version(spec.name, there, prev_version)
+        self._check_prefix(spec)
+        ticket = next(self._tickets)
+        if there is not None:
+            set_goal(there, spec, ticket, now)
+            return ticket
+        goal = Goal(
+            spec=spec,
+            generation=1,
+            config_generation=1,
+            ticket=ticket,
+            deadline=now + spec.deploy_timeout_s,
+        )
+        self._live[spec.name] = ManagedDeployment(
+            name=spec.name, shared=self._shared, target=goal
+        )
+        return ticket
+
+    def _check_version(
+        self, name: str, there: ManagedDeployment | None, wanted: str | None
+    ) -> None:
+        if wanted is None:
+            return
+        if there is None:
+            raise ValueError(
+                f"prev_version={wanted!r}, but there is no deployment {name!r}"
+            )
+        version = there.current.spec.version
+        if version != wanted:
+            raise ValueError(
+                f"prev_version={wanted!r}, but deployment {name!r} "
+                f"has version {version!r}"
+            )
+
+    def _check_prefix(self, spec: Spec) -> None:
+        for other in self._live.values():
+            if other.name != spec.name and spec.route_prefix in other.prefixes():
+                raise ValueError(
+                    f"route_prefix={spec.route_prefix!r} of {spec.name!r} is held by "
+                    f"deployment {other.name!r}: take another, or delete that first"
+                )
+
+    def delete(self, name: str) -> int:
+        """Want a deployment to be gone. One that drains already is waited for.
+
+        Parameters
+        ----------
+        name
+            Its name.
+
+        Returns
+        -------
+        int
+            A ticket that is settled when its last replica is gone.
+
+        Raises
+        ------
+        KeyError
+            If there is none.
+        """
+        d = self._live.pop(name, None)
+        if d is not None:
+            begin_delete(d)
+            self._draining.append(d)
+        else:
+            same = [other for other in self._draining if other.name == name]
+            if not same:
+                raise self._unknown(name)
+            d = same[-1]
+        ticket = next(self._tickets)
+        d.delete_tickets.append(ticket)
+        return ticket
+
+    def shutdown(self) -> int:
+        """Want everything to be gone.
+
+        Returns
+        -------
+        int
+            A ticket that is settled when nothing is left.
+        """
+        for d in self._live.values():
+            begin_delete(d)
+            self._draining.append(d)
+        self._live.clear()
+        ticket = next(self._tickets)
+        self._shutdown_tickets.append(ticket)
+        return ticket
+
+    # Events; unknown and old numbers are ignored, for news may cross on the way
+
+    def replica_initializing(
+        self, replica_id: int, *, pid: int | None, now: float
+    ) -> None:
+        """Note that a replica's constructor has begun.
+
+        Parameters
+        ----------
+        replica_id
+            Number of the replica.
+        pid
+            Its process.
+        now
+            Time in seconds.
+        """
+        if found := self._find(replica_id):
+            events.initializing(found[1], pid, now)
+
+    def replica_started(
+        self, replica_id: int, *, now: float, pid: int | None = None
+    ) -> None:
+        """Note that a replica can take requests.
+
+        Parameters
+        ----------
+        replica_id
+            Number of the replica.
+        now
+            Time in seconds.
+        pid
+            Its process, if not told before.
+        """
+        if found := self._find(replica_id):
+            events.started(*found, pid, now)
+
+    def replica_failed(self, replica_id: int, text: str, *, now: float) -> None:
+        """Note that a replica's constructor or first reconfigure raised.
+
+        Parameters
+        ----------
+        replica_id
+            Number of the replica.
+        text
+            The traceback.
+        now
+            Time in seconds.
+        """
+        if found := self._find(replica_id):
+            events.failed(*found, text, now)
+
+    def replica_stopped(self, replica_id: int) -> None:
+        """Note that a replica told to stop has ended.
+
+        Parameters
+        ----------
+        replica_id
+            Number of the replica.
+        """
+        if found := self._find(replica_id):
+            events.stopped(*found)
+
+    def replica_lost(self, replica_id: int, reason: str, *, now: float) -> None:
+        """Note that a replica is gone, or must be given up.
+
+        Parameters
+        ----------
+        replica_id
+            Number of the replica.
+        reason
+            How, readable by users.
+        now
+            Time in seconds.
+        """
+        if found := self._find(replica_id):
+            d, replica = found
+            events.lost(d, [replica], reason, now, blame=True)
+
+    def worker_lost(self, worker: str, reason: str, *, now: float) -> None:
+        """Note that a worker is gone; needed if it may be back under its address.
+
+        Parameters
+        ----------
+        worker
+            Its address.
+        reason
+            How, readable by users.
+        now
+            Time in seconds.
+        """
+        for d in self._all():
+            there = [r for r in d.replicas.values() if r.worker == worker]
+            if there:
+                events.lost(d, there, reason, now, blame=True)
+
+    def all_lost(self, reason: str, *, now: float) -> None:
+        """Note that every actor is gone, as after ``client.restart()``.
+
+        Parameters
+        ----------
+        reason
+            How, readable by users.
+        now
+            Time in seconds.
+        """
+        for d in self._all():
+            sent = [r for r in d.replicas.values() if r.worker]
+            if sent:
+                events.lost(d, sent, reason, now, blame=False)
+
+    def reconfigured(
+        self, replica_id: int, config_generation: int, error: str | None, *, now: float
+    ) -> None:
+        """Note a replica's answer to ``ReconfigureReplica``.
+
+        Parameters
+        ----------
+        replica_id
+            Number of the replica.
+        config_generation
+            Which configuration the answer is about.
+        error
+            The traceback, or None if it went well.
+        now
+            Time in seconds.
+        """
+        if found := self._find(replica_id):
+            events.reconfigured(*found, config_generation, error, now)
+
+    def _find(self, replica_id: int) -> tuple[ManagedDeployment, Replica] | None:
+        d = self._shared.owners.get(replica_id)
+        if d is None or not d.replicas[replica_id].worker:
+            return None
+        return d, d.replicas[replica_id]
+
+    def _all(self) -> list[ManagedDeployment]:
+        return [*self._draining, *self._live.values()]
+
+    # Outcome
+
+    def reconcile(self, now: float, views: Mapping[str, WorkerView]) -> list[Action]:
+        """Compare what is wanted with what is there.
+
+        Parameters
+        ----------
+        now
+            Time in seconds.
+        views
+            The workers of the cluster by address.
+
+        Returns
+        -------
+        list
+            What to do, in order. Asked again with nothing changed: nothing. Routing
+            is as it should be before the calls named in ``Settle`` return.
+        """
+        everything = self._all()
+        busy = [d for d in everything if not is_at_rest(d, views)]
+        for d in busy:
+            observe(d, now, views)
+        this = Pass(now=now, views=views, deployments=everything)
+        for d in busy:
+            advance(d, this)
+        self._end_deletes()
+        return self._shared.flush()
+
+    def _end_deletes(self) -> None:
+        gone = [d for d in self._draining if not d.replicas]
+        self._draining = [d for d in self._draining if d.replicas]
+        tickets = [ticket for d in gone for ticket in d.delete_tickets]
+        if not self._draining:
+            tickets += self._shutdown_tickets
+            self._shutdown_tickets = []
+        self._shared.settled += [Settle(ticket) for ticket in tickets]
+
+    def routing(self) -> dict[str, Any]:
+        """Describe where requests go, for proxies and handles.
+
+        Returns
+        -------
+        dict
+            ``routes`` (name by prefix) and ``deployments`` (by name: ``replicas`` as
+            lists of number, tag and worker, ``max_ongoing``, ``max_queued``,
+            ``timeout_s``, ``state``, ``reason``, ``version``). Plain values in a fixed
+            order that depend on no clock: equal as long as nothing changes.
+        """
+        return reports.routing_of(self._live[name] for name in sorted(self._live))
+
+    def status(self, *, now: float) -> dict[str, Any]:
+        """Describe all deployments, those that drain too, for people.
+
+        Parameters
+        ----------
+        now
+            Time in seconds.
+
+        Returns
+        -------
+        dict
+            By name: ``state``, ``reason``, ``version``, ``route_prefix``,
+            ``target_replicas``, ``running_replicas`` (that take requests),
+            ``replicas`` and ``deaths`` (the last ten), all plain values.
+        """
+        return reports.status_of(self._live.values(), self._draining, now)
+
+    def spec(self, name: str) -> Spec:
+        """Look up what is wanted, or still serves if the last wish failed.
+
+        Parameters
+        ----------
+        name
+            Name of the deployment.
+
+        Returns
+        -------
+        Spec
+            The wish.
+
+        Raises
+        ------
+        KeyError
+            If there is none, or it is being deleted.
+        """
+        if name not in self._live:
+            raise self._unknown(name)
+        return self._live[name].current.spec
+
+    def names(self) -> list[str]:
+        """List the deployments that are not deleted.
+
+        Returns
+        -------
+        list of str
+            Their names, sorted.
+        """
+        return sorted(self._live)
+
+    def _unknown(self, name: str) -> KeyError:
+        known = ", ".join(self.names()) or "none"
+        return KeyError(f"no deployment named {name!r}; there are: {known}")

@@ -1,0 +1,338 @@
+"""Deployments as users write them: the decorator, and what it makes. Any process."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, cast, overload
+
+from daskserve import pickling
+from daskserve.config import DEFAULT, DeploymentOptions
+from daskserve.controller.records import Spec
+from daskserve.handle import DeploymentHandle
+from daskserve.session import Session, current_session
+
+#: What of the options reads back as it was given.
+_READABLE = frozenset(DeploymentOptions.model_fields) - {"route_prefix"}
+
+
+class Deployment:
+    """A class or function and how it is to be served; never changed once made.
+
+    Made by `deployment`, and found again by `get_deployment`. The options read back as
+    attributes: ``Counter.num_replicas``.
+
+    Parameters
+    ----------
+    target
+        The class or function, or the bytes of one that came from the cluster.
+    options
+        Checked options.
+    """
+
+    __slots__ = ("_options", "_target")
+
+    _options: DeploymentOptions
+    _target: Callable[..., Any] | bytes
+
+    def __init__(
+        self, target: Callable[..., Any] | bytes, options: DeploymentOptions
+    ) -> None:
+        object.__setattr__(self, "_target", target)
+        object.__setattr__(self, "_options", options)
+
+    # What was given.
+
+    @property
+    def func_or_class(self) -> Callable[..., Any]:
+        """The class or function.
+
+        Raises
+        ------
+        PicklingError
+            It came from the cluster and needs a module that is missing here.
+        """
+        if isinstance(self._target, bytes):
+            return cast("Callable[..., Any]", pickling.loads(self._target))
+        return self._target
+
+    @property
+    def route_prefix(self) -> str | None:
+        """The route prefix as it was given; None if it was not."""
+        given = self._options.route_prefix
+        return None if given is DEFAULT else cast("str | None", given)
+
+    @property
+    def url(self) -> str | None:
+        """Where HTTP finds the deployment; None if it is not served over HTTP."""
+        session = current_session()
+        url: str | None = session.run(self._url, session)
+        return url
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _READABLE:
+            return getattr(self._options, name)
+        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+
+    # What can be done with it.
+
+    def options(self, **changes: Any) -> Deployment:
+        """Return another deployment that differs in some options.
+
+        Parameters
+        ----------
+        **changes
+            As for `deployment`.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As for `deployment`.
+
+        Examples
+        --------
+        >>> Counter.options(num_replicas=4).deploy()  # doctest: +SKIP
+        """
+        return Deployment(self._target, self._options.replace(**changes))
+
+    def deploy(self, *init_args: Any, **init_kwargs: Any) -> Any:
+        """Deploy, or update what is deployed under this name, and wait until it runs.
+
+        When it returns, every proxy and handle knows of it. An update starts the new
+        replicas before it stops the old ones; if it fails the old ones go on.
+
+        Parameters
+        ----------
+        *init_args, **init_kwargs
+            Arguments of the constructor; without any, the options' ``init_args`` and
+            ``init_kwargs``.
+
+        Raises
+        ------
+        DeploymentFailedError
+            The replicas do not start: the text has the last traceback, or what they
+            wait for.
+        ValueError
+            The route prefix is taken, or ``prev_version`` is not what is there.
+        TypeError
+            The arguments do not fit the constructor.
+        PicklingError
+            The class, function or an argument cannot travel.
+        ServeNotRunningError
+            There is no instance: call `start` first.
+
+        Examples
+        --------
+        >>> Counter.deploy(10)  # doctest: +SKIP
+        """
+        options = self._options
+        if init_args or init_kwargs:
+            options = options.replace(init_args=init_args, init_kwargs=init_kwargs)
+        spec = self._spec(options)
+        session = current_session()
+        return session.run(_deploy, session, spec, options.prev_version)
+
+    def delete(self) -> Any:
+        """Delete what is deployed under this name, and wait until it is gone.
+
+        Requests that run may finish, within ``graceful_shutdown_timeout_s``.
+
+        Raises
+        ------
+        KeyError
+            There is no such deployment.
+        """
+        session = current_session()
+        return session.run(_delete, session, self._options.name)
+
+    def get_handle(self) -> DeploymentHandle:
+        """Return a handle to call the deployment from Python.
+
+        It is valid across redeploys; a deployment that is not there fails in the call.
+        """
+        return DeploymentHandle(self._options.name)
+
+    # As a value.
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        name = self._options.name
+        raise RuntimeError(
+            f"a deployment is not called itself: {name}.deploy() serves it, and "
+            f"{name}.get_handle().remote() calls it then"
+        )
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(
+            f"a deployment does not change: use .options({name}=...) for another one"
+        )
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError("a deployment does not change")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Deployment):
+            return NotImplemented
+        return self._options == other._options and self._code() == other._code()
+
+    def __hash__(self) -> int:
+        return hash((Deployment, self._options.name, self._options.version))
+
+    def __reduce__(self) -> Any:
+        return Deployment, (self._target, self._options)
+
+    def __repr__(self) -> str:
+        version = self._options.version
+        route = self._options.effective_route_prefix
+        return (
+            f"Deployment(name={self._options.name!r}, version={version!r}, "
+            f"route_prefix={route!r}, num_replicas={self._options.num_replicas})"
+        )
+
+    # Parts.
+
+    def _code(self) -> bytes:
+        if isinstance(self._target, bytes):
+            return self._target
+        return pickling.dumps(self._target, what=f"deployment {self._options.name!r}")
+
+    def _spec(self, options: DeploymentOptions) -> Spec:
+        self._check_arguments(options)
+        name = options.name
+        init = (options.init_args, options.init_kwargs)
+        user_config = options.user_config
+        return Spec(
+            name=name,
+            version=options.version,
+            code=self._code(),
+            init=pickling.dumps(init, what=f"the init_args of {name!r}"),
+            user_config=(
+                None
+                if user_config is None
+                else pickling.dumps(user_config, what=f"the user_config of {name!r}")
+            ),
+            route_prefix=options.effective_route_prefix,
+            num_replicas=options.num_replicas,
+            max_ongoing_requests=options.max_ongoing_requests,
+            max_queued_requests=options.max_queued_requests,
+            resources=options.resources or {},
+            workers=options.workers or (),
+            request_timeout_s=options.request_timeout_s,
+            deploy_timeout_s=options.deploy_timeout_s,
+            health_check_period_s=options.health_check_period_s,
+            health_check_timeout_s=options.health_check_timeout_s,
+            graceful_shutdown_timeout_s=options.graceful_shutdown_timeout_s,
+            graceful_shutdown_wait_loop_s=options.graceful_shutdown_wait_loop_s,
+            options=pickling.dumps(options, what=f"the options of {name!r}"),
+        )
+
+    def _check_arguments(self, options: DeploymentOptions) -> None:
+        target = self._target
+        if isinstance(target, bytes):
+            return
+        if not isinstance(target, type):
+            if options.init_args or options.init_kwargs:
+                raise TypeError(
+                    f"deployment {options.name!r} is a function and takes no init_args"
+                )
+            return
+        try:
+            signature = inspect.signature(target)
+        except (TypeError, ValueError):  # a class whose constructor is written in C
+            return
+        try:
+            signature.bind(*options.init_args, **options.init_kwargs)
+        except TypeError as err:
+            raise TypeError(
+                f"the arguments do not fit {target.__name__}{signature}: {err}"
+            ) from None
+
+    async def _url(self, session: Session) -> str | None:
+        prefix = self._options.effective_route_prefix
+        info = await session.rpc("serve_info")
+        if prefix is None or not info["http_urls"]:
+            return None
+        base: str = info["http_urls"][0]
+        return base + prefix
+
+
+@overload
+def deployment(target: Callable[..., Any], /) -> Deployment: ...
+@overload
+def deployment(
+    target: None = None, /, **options: Any
+) -> Callable[[Callable[..., Any]], Deployment]: ...
+def deployment(
+    target: Callable[..., Any] | None = None, /, **options: Any
+) -> Deployment | Callable[[Callable[..., Any]], Deployment]:
+    """Make a deployment of a class or a function; a decorator, with options or without.
+
+    A class's instance is called with a Starlette ``Request`` (``__call__``), or serves
+    an app (`ingress`). A function takes a request, or nothing. Both may be ``async``.
+
+    Parameters
+    ----------
+    **options
+        ``name`` (default: the class's), ``route_prefix`` (default ``/{name}``, None for
+        no HTTP), ``num_replicas`` (1), ``init_args``, ``init_kwargs``, ``version``,
+        ``prev_version``, ``user_config``, ``max_ongoing_requests`` (100 in each
+        replica), ``max_queued_requests`` (1000), ``resources`` and ``workers`` (as in
+        Dask), ``request_timeout_s`` (default: the instance's), ``deploy_timeout_s``
+        (300), ``graceful_shutdown_timeout_s`` (20), ``graceful_shutdown_wait_loop_s``
+        (2), ``health_check_period_s`` (10), ``health_check_timeout_s`` (30). Times are
+        seconds or strings such as ``"500ms"``.
+
+    Raises
+    ------
+    ValueError
+        An option is unknown or its value is not allowed.
+    TypeError
+        What is decorated is neither a class nor a function, or an option of a wrong
+        type.
+
+    Examples
+    --------
+    >>> @serve.deployment(route_prefix="/hello", num_replicas=2)  # doctest: +SKIP
+    ... def hello(request):
+    ...     return "Hello, world!"
+    """
+    if target is not None:
+        if options or not _deployable(target):
+            raise _not_deployable(target)
+        return _make(target, {})
+    # Checked now, so that a mistake shows where it stands.
+    _checked({"name": "name", **options})
+
+    def decorate(target: Callable[..., Any]) -> Deployment:
+        return _make(target, options)
+
+    return decorate
+
+
+def _make(target: Callable[..., Any], options: dict[str, Any]) -> Deployment:
+    if not _deployable(target):
+        raise _not_deployable(target)
+    return Deployment(target, _checked({"name": target.__name__, **options}))
+
+
+def _checked(options: dict[str, Any]) -> DeploymentOptions:
+    return DeploymentOptions(**options)
+
+
+def _deployable(target: object) -> bool:
+    return isinstance(target, type) or inspect.isroutine(target)
+
+
+def _not_deployable(target: object) -> TypeError:
+    return TypeError(
+        f"@serve.deployment takes a class or a function, and options by keyword; "
+        f"not {target!r}"
+    )
+
+
+async def _deploy(session: Session, spec: Spec, prev_version: str | None) -> None:
+    message = spec.to_message()
+    await session.rpc("serve_deploy", spec=message, prev_version=prev_version)
+
+
+async def _delete(session: Session, name: str) -> None:
+    await session.rpc("serve_delete", name=name)

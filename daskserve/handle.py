@@ -1,0 +1,330 @@
+"""Handles: calling a deployment from Python, in any process of the cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import threading
+from collections.abc import Generator
+from datetime import timedelta
+from typing import Any
+
+from distributed.actor import BaseActorFuture
+
+from daskserve.config import duration
+from daskserve.exceptions import ReplicaDiedError, RequestTimeoutError
+from daskserve.replica.context import ReplicaContext, current_replica
+from daskserve.session import Session, WorkerSession, current_session
+from daskserve.transport import values
+from daskserve.transport.calls import CallRequest
+from daskserve.transport.messages import RESULT, STOPPED, UNKNOWN_METHOD, Message
+
+
+class DeploymentResponse(BaseActorFuture[Any]):
+    """The answer to come of a call through a handle.
+
+    It can be awaited, on any loop and by many tasks, or asked for its `result`.
+    """
+
+    __slots__ = ("_answer", "_awaiting", "_keep_alive", "_session", "_value")
+
+    def __init__(
+        self,
+        answer: concurrent.futures.Future[Message],
+        session: Session,
+        keep_alive: object,
+    ) -> None:
+        self._answer = answer
+        self._session = session
+        # Dask futures among the arguments live at least until the answer is there.
+        self._keep_alive = keep_alive
+        self._awaiting = 0
+        self._value: Any = None
+
+    def result(
+        self,
+        timeout: str | timedelta | float | None = None,
+        *,
+        timeout_s: str | timedelta | float | None = None,
+    ) -> Any:
+        """Wait for the answer and return it.
+
+        Parameters
+        ----------
+        timeout, timeout_s
+            Two names for the longest wait: seconds, or a string such as ``"500ms"``;
+            default: no limit. The call goes on after a timeout.
+
+        Raises
+        ------
+        RequestTimeoutError
+            A `TimeoutError`: there was no answer in time.
+        RuntimeError
+            Called on the loop of a Dask worker, which must not block: ``await`` it.
+        Exception
+            What the deployment raised, if it can be pickled, with the traceback as a
+            note; else a `DeploymentError` that has its text and traceback.
+        """
+        limit = timeout_s if timeout_s is not None else timeout
+        seconds = None if limit is None else duration(limit)
+        session = self._session
+        if not self.done() and isinstance(session, WorkerSession):
+            if threading.get_ident() == session.worker.thread_id:
+                raise RuntimeError(
+                    "result() would block the event loop of the Dask worker: use "
+                    "'await response' here"
+                )
+        try:
+            message = self._answer.result(seconds)
+        except concurrent.futures.TimeoutError as err:
+            if self._answer.done():
+                raise
+            raise RequestTimeoutError(
+                f"no answer within {seconds:g} s; the call goes on, cancel() ends it"
+            ) from err
+        return self._decode(message)
+
+    def done(self) -> bool:
+        """Return whether the answer is there, or the call failed or was cancelled."""
+        return self._answer.done()
+
+    def cancelled(self) -> bool:
+        """Return whether the call was cancelled."""
+        return self._answer.cancelled()
+
+    def cancel(self) -> bool:
+        """Cancel the call, and the user code that runs for it.
+
+        Returns
+        -------
+        bool
+            False if the answer is there already.
+        """
+        return self._answer.cancel()
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._wait().__await__()
+
+    def __repr__(self) -> str:
+        state = "pending"
+        if self._answer.cancelled():
+            state = "cancelled"
+        elif self._answer.done():
+            state = "done"
+        return f"<DeploymentResponse: {state}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a DeploymentResponse cannot be pickled: pass on its result, "
+            "'await response' or response.result()"
+        )
+
+    async def _wait(self) -> Any:
+        self._awaiting += 1
+        try:
+            await _settled(self._answer)
+        except asyncio.CancelledError:
+            # Whoever waited is gone. Others who wait still want the answer.
+            if self._awaiting == 1:
+                self.cancel()
+            raise
+        finally:
+            self._awaiting -= 1
+        if self._answer.cancelled():
+            raise asyncio.CancelledError
+        return self._decode(self._answer.result())
+
+    def _decode(self, message: Message) -> Any:
+        if message[0] == RESULT:
+            return values.loads_value(message[2])
+        _, _, kind, type_name, text, formatted, pickled = message
+        if kind == STOPPED:
+            raise ReplicaDiedError(text)
+        if kind == UNKNOWN_METHOD:
+            raise AttributeError(text)
+        raise values.restore(type_name, text, formatted, pickled)
+
+
+class DeploymentHandle:
+    """Call a deployment from Python.
+
+    Handles are small: pickle them, keep them across redeploys, use them from any thread
+    and any loop. Two of the same deployment and method are equal.
+
+    Parameters
+    ----------
+    deployment
+        The deployment's name.
+    method_name
+        The method that `remote` calls.
+
+    Examples
+    --------
+    >>> handle = Counter.get_handle()  # doctest: +SKIP
+    >>> handle.remote(1).result(timeout_s=5)  # doctest: +SKIP
+    >>> await handle.increment.remote(by=2)  # doctest: +SKIP
+    """
+
+    __slots__ = ("_deployment", "_method_name", "_session")
+
+    def __init__(
+        self,
+        deployment: str,
+        method_name: str = "__call__",
+        *,
+        _session: Session | None = None,
+    ) -> None:
+        self._deployment = deployment
+        self._method_name = method_name
+        self._session = _session
+
+    @property
+    def deployment_name(self) -> str:
+        """The deployment's name."""
+        return self._deployment
+
+    def options(self, *, method_name: str | None = None) -> DeploymentHandle:
+        """Return another handle of the same deployment.
+
+        Parameters
+        ----------
+        method_name
+            The method that its `remote` calls; default: as here.
+        """
+        if method_name is not None and not isinstance(method_name, str):
+            raise TypeError(f"method_name={method_name!r} is not a string")
+        name = method_name or self._method_name
+        return DeploymentHandle(self._deployment, name, _session=self._session)
+
+    def remote(self, *args: Any, **kwargs: Any) -> DeploymentResponse:
+        """Call the deployment; returns at once.
+
+        Arguments are copied. A Dask future among them, at any depth, is waited for and
+        replaced by its value, which goes from worker to worker.
+
+        Raises
+        ------
+        PicklingError
+            An argument cannot travel; the text says which. Everything else that goes
+            wrong is in the response.
+        """
+        session = self._session or current_session()
+        context = current_replica.get()
+        unread = values.unread_requests(args, kwargs)
+        if unread and context is not None:
+            loop = context._replica.loop
+            if not _is_running(loop):
+                for request in unread:
+                    asyncio.run_coroutine_threadsafe(request.body(), loop).result()
+            else:
+                return self._remote_later(session, context, unread, args, kwargs)
+        request, keep_alive = self._request(context, args, kwargs)
+        session.calls.send(request)
+        return self._response(request, session, context, keep_alive)
+
+    def _remote_later(
+        self,
+        session: Session,
+        context: ReplicaContext,
+        unread: list[Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> DeploymentResponse:
+        """Read the bodies of requests among the arguments first, on their loop."""
+        answer: concurrent.futures.Future[Message] = concurrent.futures.Future()
+
+        async def read_and_send() -> None:
+            try:
+                for request in unread:
+                    await request.body()
+                call, _ = self._request(context, args, kwargs)
+            except Exception as err:
+                answer.set_exception(err)
+                return
+            call.answer = answer
+            session.calls.send(call)
+
+        _background.add(task := asyncio.ensure_future(read_and_send()))
+        task.add_done_callback(_background.discard)
+        return DeploymentResponse(answer, session, None)
+
+    def _request(
+        self,
+        context: ReplicaContext | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[CallRequest, object]:
+        what = f"an argument of {self._deployment}.{self._method_name}()"
+        arguments, futures = values.dumps_arguments(args, kwargs, what=what)
+        request = CallRequest(
+            self._deployment,
+            self._method_name,
+            arguments,
+            tuple(future.key for future in futures),
+            None if context is None else context.request_id,
+        )
+        return request, futures
+
+    def _response(
+        self,
+        request: CallRequest,
+        session: Session,
+        context: ReplicaContext | None,
+        keep_alive: object,
+    ) -> DeploymentResponse:
+        response = DeploymentResponse(request.answer, session, keep_alive)
+        if context is not None:  # cancelled along with the request that made it
+            children = context._children
+            children.add(request.answer)
+            request.answer.add_done_callback(children.discard)
+        return response
+
+    def __getattr__(self, name: str) -> DeploymentHandle:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self.options(method_name=name)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DeploymentHandle):
+            return NotImplemented
+        mine = (self._deployment, self._method_name)
+        return mine == (other._deployment, other._method_name)
+
+    def __hash__(self) -> int:
+        return hash((self._deployment, self._method_name))
+
+    def __reduce__(self) -> Any:
+        return DeploymentHandle, (self._deployment, self._method_name)
+
+    def __repr__(self) -> str:
+        method = self._method_name
+        return f"DeploymentHandle({self._deployment!r}, method_name={method!r})"
+
+
+_background: set[asyncio.Task[None]] = set()
+
+
+def _is_running(loop: asyncio.AbstractEventLoop) -> bool:
+    with contextlib.suppress(RuntimeError):
+        return asyncio.get_running_loop() is loop
+    return False
+
+
+async def _settled(answer: concurrent.futures.Future[Message]) -> None:
+    """Wait on the running loop for `answer`, without passing a cancellation on."""
+    if answer.done():
+        return
+    loop = asyncio.get_running_loop()
+    settled = loop.create_future()
+
+    def set_settled() -> None:
+        if not settled.done():
+            settled.set_result(None)
+
+    def notify(_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(set_settled)
+
+    answer.add_done_callback(notify)
+    await settled

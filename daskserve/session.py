@@ -1,0 +1,316 @@
+"""A process's tie to one cluster: calls to the controller, and handles' way out.
+
+A client process has a `ClientSession` for each Dask client; a worker has the one that
+its plugin made. User code finds the one that fits by `current_session`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Coroutine, Hashable, Mapping
+from typing import Any, TypeVar
+
+from distributed import Client, Future, default_client, get_worker
+from distributed.comm.core import connect
+
+from daskserve import exceptions
+from daskserve.config import Settings
+from daskserve.exceptions import ServeError, ServeNotRunningError
+from daskserve.replica.actor import PLUGIN_NAME
+from daskserve.replica.context import current_replica
+from daskserve.transport.calls import CallSender
+from daskserve.transport.dispatcher import Dispatcher
+from daskserve.transport.loops import LoopThread
+from daskserve.transport.messages import STREAM_ACK, STREAM_LOST, STREAM_ROUTES
+
+T = TypeVar("T")
+
+_BUILTIN_ERRORS: dict[str, type[Exception]] = {
+    error.__name__: error for error in (KeyError, RuntimeError, TypeError, ValueError)
+}
+
+
+class Session:
+    """What `ClientSession` and `WorkerSession` share.
+
+    Parameters
+    ----------
+    address
+        The scheduler's address, for errors.
+    connection_args
+        How comms of this process are opened: the cluster's TLS.
+    """
+
+    def __init__(self, address: str, connection_args: Mapping[str, Any]) -> None:
+        self.address = address
+        self.settings = Settings.load()
+        self._connection_args = dict(connection_args)
+        self._calls: CallSender | None = None
+
+    async def rpc(self, op: str, **message: Any) -> Any:
+        """Call the controller; on Dask's loop.
+
+        Raises
+        ------
+        ServeNotRunningError
+            The scheduler knows nothing of daskserve.
+        Exception
+            What the controller answered: an error of ours, `ValueError` and the like.
+        """
+        try:
+            reply = await self._call_scheduler(op, message)
+        except OSError as err:
+            raise ServeNotRunningError(
+                f"the scheduler at {self.address} does not answer: {err}"
+            ) from err
+        if reply is None:
+            raise ServeNotRunningError(
+                f"no daskserve instance runs on the cluster at {self.address}: call "
+                f"serve.start() first"
+            )
+        if reply.get("status") == "error":
+            kind, text = reply["kind"], reply["text"]
+            error = getattr(exceptions, kind, None) or _BUILTIN_ERRORS.get(kind)
+            raise (error or ServeError)(text)
+        return reply.get("result")
+
+    def run(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Any:
+        """Run a coroutine function on Dask's loop: block, or return an awaitable."""
+        raise NotImplementedError  # pragma: no cover
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """This process's way to the replicas."""
+        raise NotImplementedError  # pragma: no cover
+
+    @property
+    def calls(self) -> CallSender:
+        """Where handle calls of this process go out."""
+        dispatcher = self.dispatcher
+        sender = self._calls
+        if sender is None or sender.dispatcher is not dispatcher:
+            sender = self._calls = CallSender(dispatcher)
+        return sender
+
+    async def _call_scheduler(self, op: str, message: dict[str, Any]) -> Any:
+        raise NotImplementedError  # pragma: no cover
+
+    async def connect(self, address: str) -> Any:
+        """Open a comm to a worker; on any loop."""
+        return await connect(
+            address,
+            timeout=self.settings.connect_timeout_s,
+            **self._connection_args,
+        )
+
+
+class ClientSession(Session):
+    """A Dask client's tie to its cluster.
+
+    Parameters
+    ----------
+    client
+        The client, synchronous or not.
+    """
+
+    def __init__(self, client: Client) -> None:
+        super().__init__(client.scheduler.address, client.connection_args)
+        # A client that nobody else holds is to close as ever.
+        self._client = weakref.ref(client)
+        self._thread: LoopThread | None = None
+        self._dispatcher: Dispatcher | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def client(self) -> Client:
+        """The Dask client."""
+        client = self._client()
+        if client is None or client.status in ("closing", "closed"):
+            raise ServeNotRunningError(
+                f"the Dask client of the cluster at {self.address} is closed"
+            )
+        return client
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """Where handle calls of this process go out; its thread starts on first use."""
+        with self._lock:
+            if self._dispatcher is None:
+                self._dispatcher = self._start_dispatcher()
+            return self._dispatcher
+
+    def run(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Any:
+        """Run a coroutine function on the client's loop, as its own methods do."""
+        return self.client.sync(function, *args)
+
+    def close(self) -> None:
+        """End the transport thread; the session can be used again."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+            dispatcher, self._dispatcher = self._dispatcher, None
+        if thread is not None and dispatcher is not None:
+            client = self._client()
+            if client is not None:
+                client._stream_handlers.pop(STREAM_ROUTES, None)
+                client._stream_handlers.pop(STREAM_LOST, None)
+            with contextlib.suppress(RuntimeError, TimeoutError):
+                thread.submit(dispatcher.close()).result(5)
+            thread.stop()
+
+    async def _call_scheduler(self, op: str, message: dict[str, Any]) -> Any:
+        return await getattr(self.client.scheduler, op)(**message)
+
+    def _start_dispatcher(self) -> Dispatcher:
+        client = self.client
+        self._thread = thread = LoopThread("daskserve-client")
+        thread.start()
+        dispatcher = Dispatcher(thread.loop, self.connect)
+        dispatcher_ref = weakref.ref(dispatcher)
+        client_ref = self._client
+
+        def take_routes(version: int, snapshot: dict[str, Any]) -> None:
+            dispatcher = dispatcher_ref()
+            client = client_ref()
+            if dispatcher is None or client is None:
+                return
+
+            def take() -> None:
+                dispatcher.update(version, snapshot)
+                client.loop.add_callback(
+                    client._send_to_scheduler, {"op": STREAM_ACK, "version": version}
+                )
+
+            thread.call_soon(take)
+
+        def take_lost(worker: str) -> None:
+            dispatcher = dispatcher_ref()
+            if dispatcher is not None:
+                thread.call_soon(dispatcher.worker_lost, worker)
+
+        async def subscribe() -> None:
+            client._stream_handlers[STREAM_ROUTES] = take_routes
+            client._stream_handlers[STREAM_LOST] = take_lost
+            with contextlib.suppress(ServeNotRunningError):
+                take_routes(**await self.rpc("serve_subscribe", client=client.id))
+
+        client.loop.add_callback(subscribe)
+        thread.submit(_close_with_client(client_ref, self))
+        return dispatcher
+
+
+async def _close_with_client(
+    client_ref: weakref.ref[Client], session: ClientSession
+) -> None:
+    """Wait on the transport loop for the client's end; threads do not outlive it."""
+    while (client := client_ref()) is not None and client.status != "closed":
+        del client
+        await asyncio.sleep(0.5)
+    threading.Thread(target=session.close, name="daskserve-close", daemon=True).start()
+
+
+class WorkerSession(Session):
+    """A worker's tie to its cluster; made by the worker plugin.
+
+    Parameters
+    ----------
+    worker
+        The Dask worker.
+    make_dispatcher
+        Makes the dispatcher, which the worker's proxy uses too, from how to connect.
+    """
+
+    def __init__(
+        self,
+        worker: Any,
+        make_dispatcher: Callable[[Callable[[str], Any]], Dispatcher],
+    ) -> None:
+        super().__init__(worker.scheduler.address, worker.connection_args)
+        self.worker = worker
+        self._dispatcher = make_dispatcher(self.connect)
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """Where handle calls of this process go out."""
+        return self._dispatcher
+
+    def run(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Any:
+        """Run a coroutine function on the worker's loop.
+
+        On that very loop, where async Dask tasks run, the result is to be awaited.
+        """
+        if threading.get_ident() == self.worker.thread_id:
+            return function(*args)
+        loop = self.worker.loop.asyncio_loop
+        return asyncio.run_coroutine_threadsafe(function(*args), loop).result()
+
+    async def gather(self, keys: tuple[Hashable, ...]) -> dict[Hashable, Any]:
+        """Fetch the values of Dask futures from the workers that have them; any loop.
+
+        Raises
+        ------
+        Exception
+            What a task of theirs raised, or that it was cancelled.
+        """
+
+        async def fetch() -> list[Any]:
+            client = self.worker._get_client()
+            futures = [Future(key, client) for key in keys]
+            values: list[Any] = await client.gather(futures, asynchronous=True)
+            return values
+
+        loop = self.worker.loop.asyncio_loop
+        fetching = asyncio.run_coroutine_threadsafe(fetch(), loop)
+        return dict(zip(keys, await asyncio.wrap_future(fetching), strict=True))
+
+    async def _call_scheduler(self, op: str, message: dict[str, Any]) -> Any:
+        return await getattr(self.worker.scheduler, op)(**message)
+
+
+_client_sessions: weakref.WeakKeyDictionary[Client, ClientSession] = (
+    weakref.WeakKeyDictionary()
+)
+_lock = threading.Lock()
+#: The sessions of this process's workers; in life there is one worker a process.
+worker_sessions: dict[str, WorkerSession] = {}
+
+
+def client_session(client: Client) -> ClientSession:
+    """Return the session of a client, the same each time."""
+    with _lock:
+        session = _client_sessions.get(client)
+        if session is None:
+            session = _client_sessions[client] = ClientSession(client)
+        return session
+
+
+def current_session() -> Session:
+    """Return the session of the code that is running.
+
+    In a replica and in a Dask task it is their worker's, else the default client's.
+
+    Raises
+    ------
+    ServeNotRunningError
+        There is neither.
+    """
+    context = current_replica.get()
+    if context is not None:
+        session: Session = context._replica.session
+        return session
+    with contextlib.suppress(ValueError):
+        plugin = get_worker().plugins.get(PLUGIN_NAME)
+        if plugin is not None:
+            found: Session = plugin.session
+            return found
+    with contextlib.suppress(ValueError):
+        return client_session(default_client())
+    if len(worker_sessions) == 1:  # a thread that a replica's code started itself
+        return next(iter(worker_sessions.values()))
+    raise ServeNotRunningError(
+        "there is no Dask client in this process: make a distributed.Client for your "
+        "cluster, or call serve.start()"
+    )
+

@@ -1,0 +1,154 @@
+"""What `serve.status()` returns: plain attributes, dicts and lists. Any process."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceStatus:
+    """The instance: its scheduler's address, whether it is detached, where HTTP is."""
+
+    scheduler: str
+    detached: bool
+    location: str | None
+    http_urls: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyStatus:
+    """One HTTP proxy; `state` is ``STARTING``, ``HEALTHY`` or ``FAILED``."""
+
+    worker: str
+    host: str
+    url: str | None
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """One replica.
+
+    `state` is ``PENDING``, ``STARTING``, ``RUNNING`` or ``STOPPING``, and `reason` what
+    it waits for; `since_s` the seconds that it has been so.
+    """
+
+    replica_id: int
+    replica_tag: str
+    worker: str | None
+    host: str | None
+    pid: int | None
+    state: str
+    reason: str
+    since_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeathStatus:
+    """A replica that ended without having been told to, `ago_s` seconds ago."""
+
+    replica_tag: str
+    worker: str
+    reason: str
+    ago_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentStatus:
+    """One deployment.
+
+    `state` is ``UPDATING``, ``HEALTHY``, ``UNHEALTHY``, ``DEPLOY_FAILED`` or
+    ``DELETING``; `reason` says why it is not ``HEALTHY``. `deaths` are the last ten.
+    """
+
+    state: str
+    reason: str
+    version: str | None
+    route_prefix: str | None
+    target_replicas: int
+    running_replicas: int
+    replicas: list[ReplicaStatus] = field(default_factory=list)
+    deaths: list[DeathStatus] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeStatus:
+    """Everything there is to know of an instance; prints as a table.
+
+    Examples
+    --------
+    >>> status = serve.status()  # doctest: +SKIP
+    >>> status.proxies[0].url, status.deployments["Counter"].state  # doctest: +SKIP
+    ('http://127.0.0.1:8000', 'HEALTHY')
+    """
+
+    instance: InstanceStatus
+    proxies: list[ProxyStatus]
+    deployments: dict[str, DeploymentStatus]
+
+    @classmethod
+    def from_message(cls, message: Mapping[str, Any]) -> Self:
+        """Make one of the controller's plain data."""
+        return cls(
+            InstanceStatus(**message["instance"]),
+            [ProxyStatus(**proxy) for proxy in message["proxies"]],
+            {name: _deployment(d) for name, d in message["deployments"].items()},
+        )
+
+    def __str__(self) -> str:
+        return "\n".join("".join(line) for line in self._lines())
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def _lines(self) -> list[list[str]]:
+        kind = "detached" if self.instance.detached else "ends with its client"
+        lines = [[f"daskserve on {self.instance.scheduler} ({kind})"]]
+        if not self.proxies:
+            lines.append(["  no HTTP server"])
+        for proxy in self.proxies:
+            where = proxy.url or "-"
+            lines.append([f"  {where}  {proxy.state}  {proxy.worker}"])
+            lines += _reason(proxy.reason, 4)
+        if not self.deployments:
+            lines.append(["  no deployments"])
+        for name, deployment in self.deployments.items():
+            lines += _deployment_lines(name, deployment)
+        return lines
+
+
+def _deployment_lines(name: str, deployment: DeploymentStatus) -> list[list[str]]:
+    count = f"{deployment.running_replicas}/{deployment.target_replicas}"
+    version = "" if deployment.version is None else f"  version {deployment.version}"
+    route = deployment.route_prefix or "no HTTP"
+    lines = [[f"  {name}  {deployment.state}  {count} replicas  {route}{version}"]]
+    lines += _reason(deployment.reason, 4)
+    for replica in deployment.replicas:
+        where = f"{replica.worker or '-'}  pid {replica.pid or '-'}"
+        lines.append([f"    {replica.replica_tag}  {replica.state}  {where}"])
+        lines += _reason(replica.reason, 6)
+    for death in deployment.deaths:
+        lines.append([f"    {death.replica_tag}  died {death.ago_s:.0f} s ago"])
+        lines += _reason(death.reason, 6)
+    return lines
+
+
+def _reason(text: str, indent: int) -> list[list[str]]:
+    return [[" " * indent, line] for line in text.rstrip().splitlines()]
+
+
+def _deployment(message: Mapping[str, Any]) -> DeploymentStatus:
+    return DeploymentStatus(
+        **{
+            **message,
+            "replicas": [ReplicaStatus(**r) for r in message["replicas"]],
+            "deaths": [DeathStatus(**d) for d in message["deaths"]],
+        }
+    )

@@ -1,0 +1,227 @@
+"""The worker plugin: replicas, channels to them, and the worker's HTTP proxy.
+
+Set up by Dask on every worker, now and later. Nothing here blocks Dask's loop, and
+nothing raises into it: what goes wrong becomes a message to the controller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from distributed import Worker
+from distributed.diagnostics.plugin import WorkerPlugin
+
+from daskserve import pickling
+from daskserve.config import HTTPOptions
+from daskserve.proxy.server import HTTPServer
+from daskserve.replica.actor import PLUGIN_NAME, ReplicaSpec
+from daskserve.replica.runner import Runner
+from daskserve.session import WorkerSession, worker_sessions
+from daskserve.transport.channel import serve_channel
+from daskserve.transport.dispatcher import Dispatcher
+from daskserve.transport.loops import LoopThread
+from daskserve.transport.messages import (
+    OP_BIND,
+    OP_CHANNEL,
+    OP_UNBIND,
+    STREAM_ACK,
+    STREAM_COMMAND,
+    STREAM_HELLO,
+    STREAM_LOST,
+    STREAM_REPLICA,
+    STREAM_ROUTES,
+)
+
+logger = logging.getLogger(__name__)
+
+#: Beyond the grace period, how long a replica may take before it is given up.
+STOP_MARGIN_S = 4.0
+
+
+class ServeWorkerPlugin(WorkerPlugin):
+    """daskserve's part of a worker."""
+
+    name = PLUGIN_NAME
+
+    def __init__(self) -> None:
+        self.runners: dict[int, Runner] = {}
+        self.session: WorkerSession | None = None
+        self._worker: Worker | None = None
+        self._thread: LoopThread | None = None
+        self._server: HTTPServer | None = None
+        self._snapshot: dict[str, Any] = {"routes": {}, "deployments": {}}
+        self._channels: set[Any] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ServeWorkerPlugin, ()
+
+    # Dask's hooks.
+
+    def setup(self, worker: Worker) -> None:
+        """Add our ops to the worker, start the transport thread, say hello."""
+        self._worker = worker
+        self._thread = thread = LoopThread("daskserve-transport")
+        thread.start()
+
+        def make_dispatcher(connect: Callable[[str], Any]) -> Dispatcher:
+            return Dispatcher(
+                thread.loop,
+                connect,
+                local_address=worker.address,
+                inboxes=self.runners,
+            )
+
+        self.session = WorkerSession(worker, make_dispatcher)
+        worker_sessions[worker.address] = self.session
+        worker.handlers[OP_CHANNEL] = self._serve_channel
+        worker.handlers[OP_BIND] = self._bind
+        worker.handlers[OP_UNBIND] = self._unbind
+        worker.stream_handlers[STREAM_ROUTES] = self._take_routes
+        worker.stream_handlers[STREAM_LOST] = self._take_lost
+        worker.stream_handlers[STREAM_COMMAND] = self._take_command
+        self._send({"op": STREAM_HELLO})
+
+    async def teardown(self, worker: Worker) -> None:
+        """Close everything, within a bounded time, and never raise."""
+        for op in (OP_CHANNEL, OP_BIND, OP_UNBIND):
+            worker.handlers.pop(op, None)
+        worker_sessions.pop(worker.address, None)
+        try:
+            async with asyncio.timeout(10):
+                await self._unbind(drain_s=0)
+                await asyncio.to_thread(self._close_threads)
+        except Exception:
+            logger.exception("daskserve could not be closed cleanly on %s", worker)
+        for comm in list(self._channels):
+            comm.abort()
+
+    def _close_threads(self) -> None:
+        for runner in list(self.runners.values()):
+            runner.abandon()
+        self.runners.clear()
+        if self._thread is not None and self.session is not None:
+            self._thread.submit(self.session.dispatcher.close()).result(5)
+            self._thread.stop()
+
+    # What the controller sends.
+
+    def _take_routes(self, version: int, snapshot: dict[str, Any]) -> None:
+        assert self._thread is not None and self.session is not None
+        dispatcher = self.session.dispatcher
+        self._snapshot = snapshot
+
+        def take() -> None:
+            dispatcher.update(version, snapshot)
+            self._send({"op": STREAM_ACK, "version": version})
+
+        self._thread.call_soon(take)
+
+    def _take_lost(self, worker: str) -> None:
+        assert self._thread is not None and self.session is not None
+        self._thread.call_soon(self.session.dispatcher.worker_lost, worker)
+
+    def _take_command(self, command: str, replica_id: int, **details: Any) -> None:
+        runner = self.runners.get(replica_id)
+        if command == "stop":
+            if runner is None:
+                self._report(replica_id, {"event": "stopped"})
+            else:
+                runner.stop(**details)
+                patience = details["grace_s"] + STOP_MARGIN_S
+                assert self._worker is not None
+                self._worker.loop.call_later(patience, self._give_up, replica_id)
+        elif command == "reconfigure" and runner is not None:
+            runner.reconfigure(**details)
+
+    async def _bind(
+        self, options: bytes, port: int, share_port: bool, probe: bool
+    ) -> dict[str, Any]:
+        """Start an HTTP server, in the place of one that may run."""
+        assert self._worker is not None and self._thread is not None
+        assert self.session is not None
+        await self._unbind(drain_s=0)
+        try:
+            http_options = pickling.loads(options)
+            assert isinstance(http_options, HTTPOptions)
+            server = HTTPServer(
+                self.session.dispatcher, http_options, f"worker {self._worker.address}"
+            )
+            starting = server.start(
+                port=port,
+                share_port=share_port,
+                probe=probe,
+                routes=self._snapshot["routes"],
+            )
+            url = await asyncio.wrap_future(self._thread.submit(starting))
+        except Exception as err:
+            return {"error": str(err) or repr(err)}
+        self._server = server
+        return {"url": url, "port": server.port}
+
+    async def _unbind(self, drain_s: float) -> dict[str, Any]:
+        """Stop the HTTP server, if there is one."""
+        server, self._server = self._server, None
+        if server is not None and self._thread is not None:
+            await asyncio.wrap_future(self._thread.submit(server.stop(drain_s)))
+        return {}
+
+    # Replicas.
+
+    def start_replica(self, spec: ReplicaSpec) -> None:
+        """Start a replica; called by the actor, on a task's thread."""
+        assert self.session is not None
+
+        def report(news: dict[str, Any]) -> None:
+            self._report(spec.replica_id, news)
+
+        window_bytes = self.session.settings.window_bytes
+        runner = Runner(spec, report, self.session, window_bytes)
+        self.runners[spec.replica_id] = runner
+        runner.start()
+
+    def _report(self, replica_id: int, news: dict[str, Any]) -> None:
+        if news["event"] in ("stopped", "failed"):
+            assert self._worker is not None
+            self._worker.loop.add_callback(self._forget, replica_id)
+        self._send({"op": STREAM_REPLICA, "replica_id": replica_id, "news": news})
+
+    async def _forget(self, replica_id: int) -> None:
+        runner = self.runners.pop(replica_id, None)
+        if runner is not None:
+            await asyncio.to_thread(runner.close)
+
+    async def _give_up(self, replica_id: int) -> None:
+        runner = self.runners.pop(replica_id, None)
+        if runner is not None:
+            logger.warning(
+                "Replica %s does not stop: its user code blocks. Its threads are left "
+                "to themselves.",
+                runner.spec.tag,
+            )
+            await asyncio.to_thread(runner.abandon)
+            self._report(replica_id, {"event": "stopped"})
+
+    # Comms.
+
+    async def _serve_channel(self, comm: Any) -> None:
+        self._channels.add(comm)
+        try:
+            await serve_channel(comm, self.runners)
+        finally:
+            self._channels.discard(comm)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        """Send to the scheduler over the worker's stream; any thread."""
+        worker = self._worker
+        assert worker is not None
+
+        def send() -> None:
+            try:
+                worker.batched_stream.send(message)
+            except OSError:
+                logger.debug("the scheduler is gone, dropped %s", message["op"])
+
+        worker.loop.add_callback(send)
