@@ -239,14 +239,14 @@ def _session_for_start(client: Client | None, detached: bool) -> Session:
         return current_session()
     except ServeNotRunningError:
         pass
-    client = Client()
+    session = client_session(Client())
     if detached:
         logger.warning(
             "detached=True, but the cluster at %s was started by this process and "
             "ends with it. Connect a Client to a cluster that runs on its own.",
-            client.scheduler.address,
+            session.address,
         )
-    return client_session(client)
+    return session
 
 
 async def _start(
@@ -333,4 +333,3 @@ def _deployment(message: Mapping[str, Any]) -> Deployment:
     options = pickling.loads(message["options"])
     assert isinstance(options, DeploymentOptions)
     return Deployment(message["code"], options)
-

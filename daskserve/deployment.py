@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, cast, overload
 
 from daskserve import pickling
-from daskserve.config import DEFAULT, DeploymentOptions
+from daskserve.config import Default, DeploymentOptions
 from daskserve.controller.records import Spec
 from daskserve.handle import DeploymentHandle
 from daskserve.session import Session, current_session
@@ -60,7 +60,7 @@ class Deployment:
     def route_prefix(self) -> str | None:
         """The route prefix as it was given; None if it was not."""
         given = self._options.route_prefix
-        return None if given is DEFAULT else cast("str | None", given)
+        return None if isinstance(given, Default) else given
 
     @property
     def url(self) -> str | None:
@@ -155,6 +155,7 @@ class Deployment:
     # As a value.
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Say what to do instead."""
         name = self._options.name
         raise RuntimeError(
             f"a deployment is not called itself: {name}.deploy() serves it, and "

@@ -50,9 +50,7 @@ async def check(client: Client) -> None:
     probe = _by_value(_probe)
     found = dict(await client.run(probe, on_error="return"))
     found["the scheduler"] = await client.run_on_scheduler(probe)
-    wrong = {
-        where: there for where, there in sorted(found.items()) if there != here
-    }
+    wrong = {where: there for where, there in sorted(found.items()) if there != here}
     if wrong:
         listed = "; ".join(
             f"{where}: {'missing' if there is None else there}"

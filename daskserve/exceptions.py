@@ -1,14 +1,14 @@
 """Every error that daskserve raises of its own. Imports nothing; any process.
 
 ServeError
-├── ServeNotRunningError   (RuntimeError)   no instance on this cluster, or none reachable
-├── ServeConfigError       (ValueError)     an option or an instance that contradicts another
-├── EnvironmentMismatchError                daskserve missing or another version somewhere
+├── ServeNotRunningError   (RuntimeError)   no instance on the cluster
+├── ServeConfigError       (ValueError)     options contradict each other
+├── EnvironmentMismatchError                daskserve missing or another one
 ├── ProxyStartError        (RuntimeError)   an HTTP server could not be started
 ├── PicklingError          (TypeError)      user code or a value that cannot travel
 ├── DeploymentFailedError  (RuntimeError)   deploy() did not end with healthy replicas
 ├── RequestError                            one request or handle call went wrong
-│   ├── DeploymentError                     user code raised something that cannot travel
+│   ├── DeploymentError                     user code raised what cannot travel
 │   ├── DeploymentUnavailableError          nothing can take the request
 │   ├── QueueFullError                      over ``max_queued_requests``
 │   ├── RequestTimeoutError (TimeoutError)  over ``request_timeout_s``

@@ -106,7 +106,7 @@ class DeploymentResponse(BaseActorFuture[Any]):
     def __await__(self) -> Generator[Any, None, Any]:
         return self._wait().__await__()
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         state = "pending"
         if self._answer.cancelled():
             state = "cancelled"
@@ -215,8 +215,8 @@ class DeploymentHandle:
         if unread and context is not None:
             loop = context._replica.loop
             if not _is_running(loop):
-                for request in unread:
-                    asyncio.run_coroutine_threadsafe(request.body(), loop).result()
+                for read in unread:
+                    asyncio.run_coroutine_threadsafe(read.body(), loop).result()
             else:
                 return self._remote_later(session, context, unread, args, kwargs)
         request, keep_alive = self._request(context, args, kwargs)

@@ -141,7 +141,7 @@ def dumps(
         return file.getvalue()
 
 
-def loads(data: bytes, *, shared: Sequence[object] = ()) -> object:
+def loads(data: bytes, *, shared: Sequence[object] = ()) -> Any:
     """Unpickle what `dumps` made.
 
     Parameters

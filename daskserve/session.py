@@ -11,7 +11,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Hashable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from distributed import Client, Future, default_client, get_worker
 from distributed.comm.core import connect
@@ -83,7 +83,7 @@ class Session:
 
     @property
     def dispatcher(self) -> Dispatcher:
-        """This process's way to the replicas."""
+        """The process's way to the replicas."""
         raise NotImplementedError  # pragma: no cover
 
     @property
@@ -117,7 +117,7 @@ class ClientSession(Session):
     """
 
     def __init__(self, client: Client) -> None:
-        super().__init__(client.scheduler.address, client.connection_args)
+        super().__init__(_address(client), client.connection_args)
         # A client that nobody else holds is to close as ever.
         self._client = weakref.ref(client)
         self._thread: LoopThread | None = None
@@ -179,7 +179,7 @@ class ClientSession(Session):
 
             def take() -> None:
                 dispatcher.update(version, snapshot)
-                client.loop.add_callback(
+                _loop(client).add_callback(
                     client._send_to_scheduler, {"op": STREAM_ACK, "version": version}
                 )
 
@@ -196,9 +196,19 @@ class ClientSession(Session):
             with contextlib.suppress(ServeNotRunningError):
                 take_routes(**await self.rpc("serve_subscribe", client=client.id))
 
-        client.loop.add_callback(subscribe)
+        _loop(client).add_callback(subscribe)
         thread.submit(_close_with_client(client_ref, self))
         return dispatcher
+
+
+def _address(client: Client) -> str:
+    scheduler: Any = client.scheduler
+    address: str = scheduler.address
+    return address
+
+
+def _loop(client: Client) -> Any:
+    return client.loop
 
 
 async def _close_with_client(
@@ -257,13 +267,15 @@ class WorkerSession(Session):
 
         async def fetch() -> list[Any]:
             client = self.worker._get_client()
-            futures = [Future(key, client) for key in keys]
+            futures: list[Any] = [Future(cast("Any", key), client) for key in keys]
             values: list[Any] = await client.gather(futures, asynchronous=True)
             return values
 
         loop = self.worker.loop.asyncio_loop
-        fetching = asyncio.run_coroutine_threadsafe(fetch(), loop)
-        return dict(zip(keys, await asyncio.wrap_future(fetching), strict=True))
+        values = await asyncio.wrap_future(
+            asyncio.run_coroutine_threadsafe(fetch(), loop)
+        )
+        return dict(zip(keys, values, strict=True))
 
     async def _call_scheduler(self, op: str, message: dict[str, Any]) -> Any:
         return await getattr(self.worker.scheduler, op)(**message)
@@ -301,7 +313,7 @@ def current_session() -> Session:
         session: Session = context._replica.session
         return session
     with contextlib.suppress(ValueError):
-        plugin = get_worker().plugins.get(PLUGIN_NAME)
+        plugin: Any = get_worker().plugins.get(PLUGIN_NAME)
         if plugin is not None:
             found: Session = plugin.session
             return found
@@ -313,4 +325,3 @@ def current_session() -> Session:
         "there is no Dask client in this process: make a distributed.Client for your "
         "cluster, or call serve.start()"
     )
-

@@ -19,6 +19,8 @@ LAYERS = [
     "cli",
     "demo*",
     "api",
+    "environment",
+    "status",
     "deployment",
     "handle",
     "controller.*",
@@ -27,7 +29,8 @@ LAYERS = [
     "proxy.*",
     "replica.*",
     "ingress",
-    "class_views",
+    "frozen_app",
+    "class_routes",
     "transport.*",
     "pickling",
     "config",
@@ -35,15 +38,15 @@ LAYERS = [
 ]
 #: Downward, and still not wanted, but for the modules named: (from, to, but for).
 NOT_WANTED = [
-    ("controller.*", "worker", ["controller.plugin"]),
-    ("controller.*", "proxy.*", ["controller.plugin"]),
-    ("controller.*", "replica.*", ["controller.launcher", "controller.plugin"]),
+    ("controller.*", "worker", []),
+    ("controller.*", "proxy.*", ["controller.head"]),
+    ("controller.*", "replica.*", ["controller.launcher"]),
     ("proxy.*", "replica.*", []),
 ]
 #: Libraries that only some modules import.
 OWNERS = {
     "click": ["cli"],
-    "fastapi": ["class_views", "demo*", "ingress"],
+    "fastapi": ["demo*", "frozen_app", "ingress"],
     "uvicorn": ["proxy.server"],
 }
 #: Modules that never import distributed, themselves or by way of another module ...
@@ -56,7 +59,10 @@ PURE = [
     "controller.*",
 ]
 #: ... and those of them that do the I/O for the others.
-IMPURE = ["controller.launcher", "controller.plugin"]
+IMPURE = [
+    f"controller.{name}"
+    for name in ("head", "instance", "launcher", "plugin", "proxy_manager", "publisher")
+]
 
 
 def matches(module: str, patterns: Iterable[str]) -> bool:

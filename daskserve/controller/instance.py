@@ -7,7 +7,7 @@ import logging
 import random
 import string
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any
 
 from distributed import Scheduler
@@ -60,9 +60,7 @@ class Instance:
         self.detached = detached
         self.owner = owner
         self.publisher = Publisher(scheduler, settings.ack_timeout_s)
-        self.proxies = ProxyManager(
-            scheduler, self.publisher, http, self.publisher.has
-        )
+        self.proxies = ProxyManager(scheduler, self.publisher, http, self.publisher.has)
         self._scheduler = scheduler
         self._settings = settings
         self._state = ControllerState(
@@ -293,17 +291,20 @@ class Instance:
         }
 
     async def _wait_for_workers(self) -> None:
-        def missing() -> list[str]:
-            workers = self._scheduler.workers
-            return [address for address in workers if not self.publisher.has(address)]
-
-        await _poll(lambda: not missing(), HELLO_TIMEOUT_S)
-        if missing():
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                while self._silent_workers():
+                    self._wake.clear()
+                    await self._wake.wait()
+        except TimeoutError:
             logger.warning(
                 "daskserve's plugin is not set up within %g s on %s",
                 HELLO_TIMEOUT_S,
-                missing(),
+                self._silent_workers(),
             )
+
+    def _silent_workers(self) -> list[str]:
+        return [a for a in self._scheduler.workers if not self.publisher.has(a)]
 
     def _spawn(self, awaitable: Awaitable[Any]) -> None:
         task = asyncio.ensure_future(awaitable)
@@ -314,12 +315,6 @@ class Instance:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             logger.error("A task of the controller failed", exc_info=task.exception())
-
-
-async def _poll(predicate: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not predicate() and time.monotonic() < deadline:
-        await asyncio.sleep(0.005)
 
 
 def _new_suffix() -> str:

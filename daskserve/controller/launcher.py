@@ -40,8 +40,8 @@ class Launcher:
         self._scheduler = scheduler
         self._on_failure = on_failure
         self._client: Client | None = None
-        self._futures: dict[int, Future] = {}
-        self._ids: dict[str, int] = {}
+        self._futures: dict[int, Future[Any]] = {}
+        self._ids: dict[Any, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:

@@ -257,4 +257,3 @@ class ServeController(SchedulerPlugin):
             await instance.close()
         if NAME in self._scheduler.worker_plugins:
             await self._scheduler.unregister_worker_plugin(comm=None, name=NAME)
-

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distributed import Scheduler
-from distributed.comm import get_address_host
+from distributed.comm.addressing import get_address_host
 
 from daskserve.controller.head import HeadProxy
 from daskserve.controller.placement import WorkerView
@@ -145,13 +145,12 @@ class ProxyManager:
                 if record.worker == SCHEDULER:
                     answer = await self._bind_head()
                 else:
-                    answer = await getattr(
-                        self._scheduler.rpc(record.worker), OP_BIND
-                    )(
+                    answer = await getattr(self._scheduler.rpc(record.worker), OP_BIND)(
                         options=self._config.options,
                         port=self._port,
                         share_port=every_node,
-                        probe=every_node and record.host not in {r.host for r in serving},
+                        probe=every_node
+                        and record.host not in {r.host for r in serving},
                     )
         except (OSError, TimeoutError) as err:
             answer = {"error": f"worker {record.worker} does not answer: {err!r}"}

@@ -86,8 +86,9 @@ class Front:
 
     def __init__(self, app: ASGIApp, options: HTTPOptions) -> None:
         self._app = app
-        token = options.token
-        self._token = token and b"Bearer " + token.get_secret_value().encode()
+        self._token: bytes | None = None
+        if options.token is not None:
+            self._token = b"Bearer " + options.token.get_secret_value().encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -103,7 +104,7 @@ class Front:
             await send(event)
 
         try:
-            if self._token and not self._authorized(scope):
+            if self._token is not None and not self._authorized(scope):
                 challenge = (b"www-authenticate", b"Bearer")
                 await respond(send_with_id, 401, "Unauthorized", challenge)
             else:
@@ -330,7 +331,9 @@ async def respond(
     await send({"type": "http.response.body", "body": data})
 
 
-async def _send_start(send: Send, status: int, headers: Any, watch: ClientWatch) -> None:
+async def _send_start(
+    send: Send, status: int, headers: Any, watch: ClientWatch
+) -> None:
     headers = list(headers)
     if watch.body_unread:  # uvicorn would wait for the rest of it
         headers.append((b"connection", b"close"))
@@ -343,7 +346,9 @@ async def _refuse_websocket(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "websocket.close", "code": 1000})
 
 
-def _head(scope: Scope, root_path: str, path: str, info: RequestInfo) -> tuple[Any, ...]:
+def _head(
+    scope: Scope, root_path: str, path: str, info: RequestInfo
+) -> tuple[Any, ...]:
     """Return `messages.HEAD_FIELDS` of a request; ``path`` is without root path."""
     prefix = "" if info.prefix == "/" else info.prefix
     raw_path: bytes = scope.get("raw_path") or path.encode()

@@ -123,7 +123,9 @@ class HTTPServer:
             timeout_keep_alive=max(1, round(options.keep_alive_timeout_s)),
             ssl_certfile=options.ssl_certfile,
             ssl_keyfile=options.ssl_keyfile,
-            ssl_keyfile_password=password and password.get_secret_value(),
+            ssl_keyfile_password=(
+                None if password is None else password.get_secret_value()
+            ),
             ssl_ca_certs=options.ssl_ca_certs,
             ssl_cert_reqs=2 if options.ssl_ca_certs else 0,
         )

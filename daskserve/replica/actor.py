@@ -8,6 +8,7 @@ replica's own thread and reports from there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from distributed import get_worker
 
@@ -48,7 +49,7 @@ class Replica:
 
     def __init__(self, spec: ReplicaSpec) -> None:
         worker = get_worker()
-        plugin = worker.plugins.get(PLUGIN_NAME)
+        plugin: Any = worker.plugins.get(PLUGIN_NAME)
         if plugin is None:
             raise RuntimeError(
                 f"worker {worker.address} has no plugin {PLUGIN_NAME!r}; it has "

@@ -252,4 +252,3 @@ class Lifespan:
                 )
         # An app that ends or raises before it said anything has no lifespan.
         self._from_app.put_nowait({"type": "lifespan.none"})
-

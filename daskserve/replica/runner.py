@@ -137,7 +137,9 @@ class Runner:
 
     def reconfigure(self, user_config: bytes, config_generation: int) -> None:
         """Give the user's object another config, and report how that went."""
-        self._thread.submit(self._reconfigure_and_report(user_config, config_generation))
+        self._thread.submit(
+            self._reconfigure_and_report(user_config, config_generation)
+        )
 
     def stop(self, grace_s: float, poll_s: float) -> None:
         """Take no more, let what runs finish, run the shutdown hooks, report."""
@@ -174,14 +176,15 @@ class Runner:
         self._report({"event": "started", "pid": os.getpid()})
 
     async def _construct(self) -> None:
-        target = pickling.loads(self.spec.code)
+        target: Any = pickling.loads(self.spec.code)
         if not isinstance(target, type):
             self._servable = target
             return
-        args, kwargs = pickling.loads(self.spec.init)  # type: ignore[misc]
-        if inspect.iscoroutinefunction(target.__init__):
-            self._servable = target.__new__(target)
-            await target.__init__(self._servable, *args, **kwargs)
+        args, kwargs = pickling.loads(self.spec.init)
+        constructor: Any = inspect.getattr_static(target, "__init__")
+        if inspect.iscoroutinefunction(constructor):
+            self._servable = object.__new__(target)
+            await constructor(self._servable, *args, **kwargs)
         else:
             self._servable = target(*args, **kwargs)
         current_replica.set(self._context(None))
@@ -205,7 +208,9 @@ class Runner:
             )
         await self._invoke(method, (pickling.loads(user_config),), {})
 
-    async def _reconfigure_and_report(self, user_config: bytes, generation: int) -> None:
+    async def _reconfigure_and_report(
+        self, user_config: bytes, generation: int
+    ) -> None:
         current_replica.set(self._context(None))
         error = None
         try:
@@ -433,7 +438,10 @@ class Runner:
     # User code.
 
     async def _invoke(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """Call user code, sync code on its thread, and await what it returns."""
         if _is_async(function):

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 import msgpack
-from distributed.protocol import to_serialize
+from distributed.protocol.serialize import to_serialize
 
 from daskserve.exceptions import RequestError
 from daskserve.transport.loops import Mailbox
@@ -259,7 +259,7 @@ class CommChannel(Channel):
             try:
                 comm = await self._connect(self.address)
                 await comm.write({"op": OP_CHANNEL, "reply": False})
-            except (OSError, asyncio.TimeoutError) as err:
+            except (TimeoutError, OSError) as err:
                 reason, sent = f"cannot connect to worker {self.address}: {err}", False
                 return
             self._pipe = CommPipe(comm, self._receive)
@@ -332,9 +332,7 @@ async def serve_channel(comm: Any, inboxes: Mapping[int, Inbox]) -> None:
             inbox.forget(reply_to)
 
 
-def dispatch(
-    inboxes: Mapping[int, Inbox], reply_to: ReplyTo, message: Message
-) -> None:
+def dispatch(inboxes: Mapping[int, Inbox], reply_to: ReplyTo, message: Message) -> None:
     """Hand `message` to the replica it names, or refuse it if that is not here."""
     inbox = inboxes.get(message[2])
     if inbox is not None:

@@ -12,12 +12,14 @@ import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
+loops: ModuleType
 try:
-    from uvloop import new_event_loop
+    import uvloop as loops
 except ImportError:  # uvloop has no Windows build
-    from asyncio import new_event_loop
+    loops = asyncio
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -77,7 +79,7 @@ class LoopThread:
     """
 
     def __init__(self, name: str) -> None:
-        self.loop: asyncio.AbstractEventLoop = new_event_loop()
+        self.loop: asyncio.AbstractEventLoop = loops.new_event_loop()
         self._stopping: asyncio.Event | None = None
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)

@@ -45,7 +45,7 @@ class ArgumentPickler(pickling.Pickler):
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
         #: The Dask futures that were met; whoever made the call keeps them alive.
-        self.futures: list[Future] = []
+        self.futures: list[Future[Any]] = []
 
     def reducer_override(self, obj: Any) -> Any:
         """Reduce what `pickling.Pickler` does not."""
@@ -60,7 +60,7 @@ class ArgumentPickler(pickling.Pickler):
 
 def dumps_arguments(
     args: tuple[Any, ...], kwargs: dict[str, Any], *, what: str
-) -> tuple[bytes, list[Future]]:
+) -> tuple[bytes, list[Future[Any]]]:
     """Pickle the arguments of a call.
 
     Returns
@@ -75,7 +75,7 @@ def dumps_arguments(
     PicklingError
         One of them cannot travel; the text says which.
     """
-    futures: list[Future] = []
+    futures: list[Future[Any]] = []
 
     def make(file: io.BytesIO) -> ArgumentPickler:
         pickler = ArgumentPickler(file)
@@ -91,7 +91,7 @@ def loads_arguments(
     """Unpickle arguments, with `values` in the place of Dask futures, by key."""
     token = _future_values.set(values)
     try:
-        args, kwargs = pickling.loads(data)  # type: ignore[misc]
+        args, kwargs = pickling.loads(data)
     finally:
         _future_values.reset(token)
     return args, kwargs
