@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
 import logging
 from collections.abc import Mapping
@@ -317,7 +318,7 @@ async def _shutdown(session: Session) -> None:
     except ServeNotRunningError:
         logger.debug("there was nothing to shut down on %s", session.address)
     if isinstance(session, ClientSession):
-        session.close()
+        await asyncio.to_thread(session.close)
 
 
 async def _get_deployment(session: Session, name: str) -> Deployment:

@@ -177,13 +177,15 @@ class ClientSession(Session):
             if dispatcher is None or client is None:
                 return
 
-            def take() -> None:
+            async def take() -> None:
                 dispatcher.update(version, snapshot)
+                await dispatcher.connected()
                 _loop(client).add_callback(
                     client._send_to_scheduler, {"op": STREAM_ACK, "version": version}
                 )
 
-            thread.call_soon(take)
+            with contextlib.suppress(RuntimeError):  # the thread has stopped
+                thread.submit(take())
 
         def take_lost(worker: str) -> None:
             dispatcher = dispatcher_ref()
@@ -203,6 +205,10 @@ class ClientSession(Session):
 
 def _address(client: Client) -> str:
     scheduler: Any = client.scheduler
+    if scheduler is None:
+        raise ServeNotRunningError(
+            f"{client} is not connected: an asynchronous client is to be awaited first"
+        )
     address: str = scheduler.address
     return address
 

@@ -113,11 +113,12 @@ class ServeWorkerPlugin(WorkerPlugin):
         dispatcher = self.session.dispatcher
         self._snapshot = snapshot
 
-        def take() -> None:
+        async def take() -> None:
             dispatcher.update(version, snapshot)
+            await dispatcher.connected()
             self._send({"op": STREAM_ACK, "version": version})
 
-        self._thread.call_soon(take)
+        self._thread.submit(take())
 
     def _take_lost(self, worker: str) -> None:
         assert self._thread is not None and self.session is not None

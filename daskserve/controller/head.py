@@ -61,11 +61,12 @@ class HeadProxy:
         """Pass a snapshot on to the server's thread."""
         loop = asyncio.get_running_loop()
 
-        def take() -> None:
+        async def take() -> None:
             self._dispatcher.update(version, snapshot)
+            await self._dispatcher.connected()
             loop.call_soon_threadsafe(self._on_ack, version)
 
-        self._thread.call_soon(take)
+        self._thread.submit(take())
 
     async def close(self, drain_s: float) -> None:
         """Stop the server and its thread."""

@@ -112,7 +112,7 @@ class ServeController(SchedulerPlugin):
         self._instance.publisher.unsubscribe(client)
         if client == self._instance.owner and not self._instance.detached:
             logger.info("Client %s has gone and its instance ends with it", client)
-            task = asyncio.ensure_future(self._end())
+            task = asyncio.ensure_future(self.serve_shutdown())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 

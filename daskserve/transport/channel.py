@@ -51,11 +51,7 @@ class Inbox(Protocol):
 
 
 class ConnectionLostError(RequestError):
-    """The way to the replica broke; `sent` tells whether the request may be in it."""
-
-    def __init__(self, text: str, sent: bool) -> None:
-        super().__init__(text, sent)
-        self.sent = sent
+    """The way to the replica broke; the request may or may not be in it."""
 
 
 class CommPipe:
@@ -204,10 +200,10 @@ class Channel:
             if exchange is not None:
                 exchange.push(message)
 
-    def _fail_all(self, reason: str, *, sent: bool) -> None:
+    def _fail_all(self, reason: str) -> None:
         exchanges, self._exchanges = self._exchanges, {}
         for exchange in exchanges.values():
-            exchange.fail(ConnectionLostError(reason, sent))
+            exchange.fail(ConnectionLostError(reason))
 
 
 class CommChannel(Channel):
@@ -219,34 +215,41 @@ class CommChannel(Channel):
         The worker's Dask address.
     connect
         Opens a comm to an address.
-    on_close
-        Called once when the connection has ended or could not be made.
+    on_open, on_close
+        Called when the connection stands, and once when it has ended or could not be
+        made.
     """
 
     def __init__(
         self,
         address: str,
         connect: Callable[[str], Awaitable[Any]],
+        on_open: Callable[[CommChannel], None],
         on_close: Callable[[CommChannel], None],
     ) -> None:
         super().__init__()
         self.address = address
         self._connect = connect
+        self._on_open = on_open
         self._on_close = on_close
-        self._early: list[Message] = []
         self._pipe: CommPipe | None = None
+        self._reason = f"the connection to worker {address} was lost"
         self._task = asyncio.ensure_future(self._run())
+        self._task.add_done_callback(self._ended)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the connection stands."""
+        return self._pipe is not None
 
     def send(self, message: Message) -> None:
-        """Send a caller's message; it waits here until the connection is made."""
-        if self._pipe is not None:
-            self._pipe.send(message)
-        else:
-            self._early.append(message)
+        """Send a caller's message."""
+        assert self._pipe is not None, "a channel is used when it is open"
+        self._pipe.send(message)
 
     def close(self, reason: str) -> None:
         """Close the connection; exchanges that are open fail with `reason`."""
-        self._fail_all(reason, sent=self._pipe is not None)
+        self._reason = reason
         self._task.cancel()
 
     async def wait_closed(self) -> None:
@@ -254,25 +257,23 @@ class CommChannel(Channel):
         await asyncio.wait([self._task])
 
     async def _run(self) -> None:
-        reason, sent = f"the connection to worker {self.address} was lost", True
         try:
-            try:
-                comm = await self._connect(self.address)
-                await comm.write({"op": OP_CHANNEL, "reply": False})
-            except (TimeoutError, OSError) as err:
-                reason, sent = f"cannot connect to worker {self.address}: {err}", False
-                return
+            comm = await self._connect(self.address)
+            await comm.write({"op": OP_CHANNEL, "reply": False})
             self._pipe = CommPipe(comm, self._receive)
-            for message in self._early:
-                self._pipe.send(message)
-            self._early.clear()
+            self._on_open(self)
             await self._pipe.run()
+        except (TimeoutError, OSError) as err:
+            logger.info("cannot connect to worker %s: %s", self.address, err)
         except Exception as err:
             logger.exception("channel to %s failed", self.address)
-            reason = f"the connection to worker {self.address} failed: {err!r}"
-        finally:
-            self._fail_all(reason, sent=sent)
-            self._on_close(self)
+            self._reason = f"the connection to worker {self.address} failed: {err!r}"
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._pipe = None
+        # Before the exchanges fail: what is tried again is not to end up here.
+        self._on_close(self)
+        self._fail_all(self._reason)
 
 
 class LocalChannel(Channel):
@@ -300,7 +301,7 @@ class LocalChannel(Channel):
 
     def close(self, reason: str) -> None:
         """Fail the exchanges that are open with `reason`."""
-        self._fail_all(reason, sent=True)
+        self._fail_all(reason)
         for inbox in list(self._inboxes.values()):
             inbox.forget(self._reply_to)
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 from daskserve.exceptions import (
@@ -34,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 #: How long a replica that refused a request is not asked again.
 REFUSED_PAUSE_S = 0.01
+#: How long after a connection broke, or could not be made, it is tried again.
+RECONNECT_S = 0.2
+#: How long a new snapshot may wait for connections before it counts as taken.
+CONNECTED_S = 1.0
 #: How long a process that has just connected waits to be told of the routing.
 FIRST_SNAPSHOT_S = 10
 
@@ -107,6 +111,7 @@ class Dispatcher:
         self._local = LocalChannel(loop, inboxes) if inboxes is not None else None
         self._channels: dict[str, CommChannel] = {}
         self._first_snapshot = asyncio.Event()
+        self._opened = asyncio.Event()
         self._closed = False
 
     def update(self, version: int, snapshot: Mapping[str, Any]) -> None:
@@ -127,12 +132,23 @@ class Dispatcher:
             if unavailable is not None:
                 self._fail_waiting(group, unavailable)
             for slot in group.router.slots.values():
-                self._channel(slot)  # connect before the first request needs it
+                slot.reachable = self._connected(slot)
             self._hand_out(group)
         self._drop_idle_channels()
         for listener in self.listeners:
             listener(snapshot)
         self._first_snapshot.set()
+
+    async def connected(self) -> None:
+        """Wait until all replicas of the snapshot can be reached, for a moment.
+
+        A request that comes now is not to find a queue where there is room.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CONNECTED_S):
+                while not all(slot.reachable for slot in self._remote_slots()):
+                    self._opened.clear()
+                    await self._opened.wait()
 
     def worker_lost(self, address: str) -> None:
         """Fail at once what waits for a worker that the scheduler has given up."""
@@ -180,6 +196,8 @@ class Dispatcher:
             slot.in_flight += 1
             return slot
         unavailable = group.unavailable()
+        if self._closed:
+            unavailable = DeploymentUnavailableError("daskserve is stopping here.")
         if unavailable is not None:
             raise unavailable
         if group.max_queued is not None and len(group.waiting) >= group.max_queued:
@@ -213,30 +231,58 @@ class Dispatcher:
             self._hand_out(group)
 
     def channel(self, slot: Slot) -> Channel:
-        """Return the channel to a replica, connecting if need be."""
-        if self._closed:
-            raise DeploymentUnavailableError("daskserve is stopping here.")
-        return self._channel(slot)
-
-    def _channel(self, slot: Slot) -> Channel:
+        """Return the channel to a replica that is reachable."""
         if slot.local and self._local is not None:
             return self._local
+        return self._channels[slot.worker]
+
+    def _connected(self, slot: Slot) -> bool:
+        """Whether there is a connection to a replica; begins one if there is none."""
+        if slot.local:
+            return True
         channel = self._channels.get(slot.worker)
         if channel is None:
-            channel = CommChannel(slot.worker, self._connect, self._channel_closed)
-            self._channels[slot.worker] = channel
-        return channel
+            self._open(slot.worker)
+            return False
+        return channel.is_open
+
+    def _open(self, address: str) -> None:
+        if not self._closed and address not in self._channels:
+            self._channels[address] = CommChannel(
+                address, self._connect, self._channel_opened, self._channel_closed
+            )
+
+    def _channel_opened(self, channel: CommChannel) -> None:
+        self._set_reachable(channel.address, True)
+        self._opened.set()
+        for group in self.groups.values():
+            self._hand_out(group)
 
     def _channel_closed(self, channel: CommChannel) -> None:
-        if self._channels.get(channel.address) is channel:
-            del self._channels[channel.address]
+        address = channel.address
+        if self._channels.get(address) is channel:
+            del self._channels[address]
+            self._set_reachable(address, False)
+            # If replicas are still said to be there, the network had a moment.
+            self.loop.call_later(RECONNECT_S, self._reopen, address)
+
+    def _reopen(self, address: str) -> None:
+        if any(slot.worker == address for slot in self._remote_slots()):
+            self._open(address)
+
+    def _set_reachable(self, address: str, reachable: bool) -> None:
+        for slot in self._remote_slots():
+            if slot.worker == address:
+                slot.reachable = reachable
+
+    def _remote_slots(self) -> Iterator[Slot]:
+        for group in self.groups.values():
+            for slot in group.router.slots.values():
+                if not slot.local:
+                    yield slot
 
     def _drop_idle_channels(self) -> None:
-        wanted = {
-            slot.worker
-            for group in self.groups.values()
-            for slot in group.router.slots.values()
-        }
+        wanted = {slot.worker for slot in self._remote_slots()}
         for address, channel in list(self._channels.items()):
             # A draining replica's requests may still be on their way.
             if address not in wanted and channel.idle:
@@ -321,10 +367,9 @@ class Call:
             except ConnectionLostError as lost:
                 self.avoid = self.slot
                 self.finish()
-                if lost.sent and not retry_lost:
-                    raise ReplicaDiedError(str(lost.args[0])) from lost
-                if lost.sent:
-                    retry_lost = False
+                if not retry_lost:
+                    raise ReplicaDiedError(str(lost)) from lost
+                retry_lost = False
                 continue
             if message[0] != REFUSED:
                 return message

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -106,13 +106,8 @@ class LoopThread:
         except RuntimeError:
             logger.debug("%s has stopped, dropped %r", self._thread.name, function)
 
-    def submit(self, awaitable: Awaitable[T]) -> Future[T]:
-        """Run `awaitable` on the loop; any thread."""
-
-        async def run() -> T:
-            return await awaitable
-
-        coroutine = run()
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run `coroutine` on the loop; any thread."""
         try:
             return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         except RuntimeError:

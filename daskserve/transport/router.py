@@ -25,6 +25,8 @@ class Slot:
     in_flight: int = 0
     #: It refused a request; not asked again before this time (the caller's clock).
     full_until: float = 0.0
+    #: There is a connection to its worker.
+    reachable: bool = True
     #: It is still in the newest snapshot.
     routable: bool = True
 
@@ -81,7 +83,8 @@ class Router:
 
     def _has_room(self, slot: Slot, now: float) -> bool:
         return (
-            slot.routable
+            slot.reachable
+            and slot.routable
             and slot.in_flight < self.max_ongoing
             and slot.full_until <= now
         )

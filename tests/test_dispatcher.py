@@ -1,0 +1,454 @@
+"""Channels and dispatchers against replicas that do what a test says.
+
+The comms are real ones on loopback; only the replica behind them is a stand-in, at the
+`Inbox` protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from distributed.comm import listen
+from distributed.comm.core import connect
+
+from daskserve.exceptions import (
+    DeploymentUnavailableError,
+    QueueFullError,
+    ReplicaDiedError,
+    RequestTimeoutError,
+)
+from daskserve.transport.channel import ReplyTo, serve_channel
+from daskserve.transport.dispatcher import Call, Dispatcher, timeout_error
+from daskserve.transport.messages import (
+    CALL,
+    CANCEL,
+    CHUNK,
+    OP_CHANNEL,
+    REFUSED,
+    RESULT,
+    Message,
+)
+
+Answer = Callable[["StandIn", ReplyTo, Message], None]
+
+
+def echo(replica: StandIn, reply_to: ReplyTo, message: Message) -> None:
+    if message[0] == CALL:
+        reply_to.send((RESULT, message[1], message[3]))
+
+
+def keep(replica: StandIn, reply_to: ReplyTo, message: Message) -> None:
+    """Answer nothing."""
+
+
+def refuse(replica: StandIn, reply_to: ReplyTo, message: Message) -> None:
+    if message[0] == CALL:
+        reply_to.send((REFUSED, message[1], "full"))
+
+
+class StandIn:
+    """A replica that hands each message to `answer`."""
+
+    def __init__(self, answer: Answer = echo) -> None:
+        self.answer = answer
+        self.messages: list[Message] = []
+        self.forgotten = 0
+
+    def put(self, reply_to: ReplyTo, message: Message) -> None:
+        self.messages.append(message)
+        self.answer(self, reply_to, message)
+
+    def forget(self, reply_to: ReplyTo) -> None:
+        self.forgotten += 1
+
+    @property
+    def ops(self) -> list[int]:
+        return [message[0] for message in self.messages]
+
+
+class Place:
+    """A worker's address with replicas behind it, as `worker` serves them."""
+
+    def __init__(self, replicas: dict[int, StandIn]) -> None:
+        self.replicas = replicas
+        self.comms: list[Any] = []
+
+    async def start(self) -> Place:
+        self.listener = await listen("tcp://127.0.0.1:0", self._handle)
+        self.address: str = self.listener.contact_address
+        return self
+
+    async def _handle(self, comm: Any) -> None:
+        self.comms.append(comm)
+        assert (await comm.read())["op"] == OP_CHANNEL
+        await serve_channel(comm, self.replicas)
+
+    def cut(self) -> None:
+        """Break all connections, as a dying process does."""
+        for comm in self.comms:
+            comm.abort()
+
+    def stop(self) -> None:
+        self.listener.stop()
+        self.cut()
+
+
+def snapshot(
+    *replicas: tuple[int, Place], name: str = "D", **changes: Any
+) -> dict[str, Any]:
+    info = {
+        "replicas": [[i, f"{name}#{i}", place.address] for i, place in replicas],
+        "max_ongoing": 10,
+        "max_queued": None,
+        "timeout_s": None,
+        "state": "HEALTHY",
+        "reason": "",
+        "version": None,
+    }
+    return {"routes": {}, "deployments": {name: {**info, **changes}}}
+
+
+async def ask(
+    dispatcher: Dispatcher, what: str = "x", *, name: str = "D", retry: bool = False
+) -> Message:
+    call = Call(dispatcher, name)
+    try:
+        return await call.first(lambda x, r: (CALL, x, r, what), retry_lost=retry)
+    finally:
+        call.finish()
+
+
+def run(test: Callable[[Dispatcher], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        dispatcher = Dispatcher(asyncio.get_running_loop(), connect)
+        try:
+            async with asyncio.timeout(20):
+                await test(dispatcher)
+            in_flight = [g.router.in_flight for g in dispatcher.groups.values()]
+            assert not any(in_flight), "a place in a replica was not given back"
+        finally:
+            await dispatcher.close()
+
+    asyncio.run(main())
+
+
+def test_many_calls_share_one_connection() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        place = await Place({1: StandIn()}).start()
+        dispatcher.update(1, snapshot((1, place), max_ongoing=1000))
+        answers = await asyncio.gather(*(ask(dispatcher, str(i)) for i in range(500)))
+        assert [answer[2] for answer in answers] == [str(i) for i in range(500)]
+        assert len(place.comms) == 1
+        place.stop()
+
+    run(test)
+
+
+def test_messages_keep_bytes_text_and_order() -> None:
+    def stream(replica: StandIn, reply_to: ReplyTo, message: Message) -> None:
+        for i in range(100):
+            reply_to.send((CHUNK, message[1], bytes([i]) * (i * 5000), i < 99))
+
+    async def test(dispatcher: Dispatcher) -> None:
+        place = await Place({1: StandIn(stream)}).start()
+        dispatcher.update(1, snapshot((1, place)))
+        call = Call(dispatcher, "D")
+        message = await call.first(
+            lambda x, r: (CALL, x, r, "ü\udcff", b"\x00\xff", None, (1, 2.5)),
+            retry_lost=False,
+        )
+        assert place.replicas[1].messages[0][3:] == (
+            "ü\udcff",
+            b"\x00\xff",
+            None,
+            (1, 2.5),
+        )
+        sizes = [len(message[2])]
+        while message[3]:
+            message = await call.next()
+            sizes.append(len(message[2]))
+        call.finish()
+        assert sizes == [i * 5000 for i in range(100)]
+        place.stop()
+
+    run(test)
+
+
+def test_a_refused_call_goes_to_another_replica() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        full, roomy = StandIn(refuse), StandIn()
+        place = await Place({1: full, 2: roomy}).start()
+        dispatcher.update(1, snapshot((1, place), (2, place)))
+        for _ in range(20):
+            assert (await ask(dispatcher))[0] == RESULT
+        assert len(roomy.messages) == 20
+        place.stop()
+
+    run(test)
+
+
+def test_a_call_waits_while_all_refuse() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        replica = StandIn(refuse)
+        place = await Place({1: replica}).start()
+        dispatcher.update(1, snapshot((1, place)))
+        asking = asyncio.ensure_future(ask(dispatcher))
+        while len(replica.messages) < 3:
+            await asyncio.sleep(0.005)
+        assert not asking.done()
+        replica.answer = echo
+        assert (await asking)[0] == RESULT
+        place.stop()
+
+    run(test)
+
+
+def test_a_replica_that_is_not_there_any_more_refuses() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        place = await Place({2: StandIn()}).start()
+        dispatcher.update(1, snapshot((1, place), (2, place)))
+        assert (await ask(dispatcher))[0] == RESULT
+        place.stop()
+
+    run(test)
+
+
+def test_limits_hold_and_the_queue_is_served_in_order() -> None:
+    waiting: list[tuple[ReplyTo, Message]] = []
+
+    def hold(replica: StandIn, reply_to: ReplyTo, message: Message) -> None:
+        if message[0] == CALL:
+            waiting.append((reply_to, message))
+
+    async def test(dispatcher: Dispatcher) -> None:
+        place = await Place({1: StandIn(hold)}).start()
+        dispatcher.update(1, snapshot((1, place), max_ongoing=2, max_queued=3))
+        await dispatcher.connected()
+        tasks = [asyncio.ensure_future(ask(dispatcher, str(i))) for i in range(5)]
+        while len(waiting) < 2:
+            await asyncio.sleep(0.005)
+        with pytest.raises(QueueFullError, match=r"max_queued_requests=3"):
+            await ask(dispatcher)
+        order = []
+        while order != list("01234"):
+            while not waiting:
+                await asyncio.sleep(0.005)
+            assert len(waiting) <= 2
+            reply_to, message = waiting.pop(0)
+            order.append(message[3])
+            reply_to.send((RESULT, message[1], message[3]))
+        assert [(await task)[2] for task in tasks] == order
+        place.stop()
+
+    run(test)
+
+
+def test_a_lost_replica_fails_what_is_in_it() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        replica = StandIn(keep)
+        place = await Place({1: replica}).start()
+        dispatcher.update(1, snapshot((1, place)))
+        asking = asyncio.ensure_future(ask(dispatcher))
+        while not replica.messages:
+            await asyncio.sleep(0.005)
+        place.cut()
+        with pytest.raises(ReplicaDiedError, match="was lost"):
+            await asking
+        place.stop()
+
+    run(test)
+
+
+def test_an_idempotent_request_is_tried_once_more() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        replicas = {1: StandIn(keep), 2: StandIn(keep)}
+        places = [await Place({i: r}).start() for i, r in replicas.items()]
+        dispatcher.update(1, snapshot((1, places[0]), (2, places[1])))
+        asking = asyncio.ensure_future(ask(dispatcher, retry=True))
+        while not any(r.messages for r in replicas.values()):
+            await asyncio.sleep(0.005)
+        first = 1 if replicas[1].messages else 2
+        second = replicas[3 - first]
+        places[first - 1].cut()
+        while not second.messages:
+            await asyncio.sleep(0.005)
+        places[2 - first].cut()
+        with pytest.raises(ReplicaDiedError):
+            await asking
+        assert [len(r.messages) for r in replicas.values()] == [1, 1]
+        for place in places:
+            place.stop()
+
+    run(test)
+
+
+def test_what_was_not_sent_goes_elsewhere() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        dead = await Place({1: StandIn()}).start()
+        dead.stop()
+        alive = await Place({2: StandIn()}).start()
+        dispatcher.update(1, snapshot((1, dead), (2, alive)))
+        for _ in range(10):
+            assert (await ask(dispatcher))[0] == RESULT
+        alive.stop()
+
+    run(test)
+
+
+def test_worker_lost_fails_at_once_what_waits_for_it() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        replica = StandIn(keep)
+        place = await Place({1: replica}).start()
+        dispatcher.update(1, snapshot((1, place)))
+        asking = asyncio.ensure_future(ask(dispatcher))
+        while not replica.messages:
+            await asyncio.sleep(0.005)
+        dispatcher.worker_lost(place.address)
+        with pytest.raises(ReplicaDiedError, match="left the cluster"):
+            await asking
+        place.stop()
+
+    run(test)
+
+
+def test_a_call_waits_for_the_first_replica() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        place = await Place({1: StandIn()}).start()
+        dispatcher.update(1, snapshot(state="UPDATING"))
+        asking = asyncio.ensure_future(ask(dispatcher))
+        await asyncio.sleep(0)
+        assert not asking.done()
+        dispatcher.update(2, snapshot((1, place)))
+        assert (await asking)[0] == RESULT
+        place.stop()
+
+    run(test)
+
+
+def test_no_snapshot_yet_is_waited_for() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        place = await Place({1: StandIn()}).start()
+        asking = asyncio.ensure_future(ask(dispatcher))
+        await asyncio.sleep(0)
+        dispatcher.update(1, snapshot((1, place)))
+        assert (await asking)[0] == RESULT
+        place.stop()
+
+    run(test)
+
+
+def test_unavailable_deployments() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        dispatcher.update(1, snapshot(state="UPDATING"))
+        with pytest.raises(DeploymentUnavailableError, match="no deployment 'E'"):
+            await ask(dispatcher, name="E")
+        asking = asyncio.ensure_future(ask(dispatcher))
+        await asyncio.sleep(0)
+        dispatcher.update(2, snapshot(state="DEPLOY_FAILED", reason="why"))
+        for attempt in (asking, ask(dispatcher)):
+            with pytest.raises(DeploymentUnavailableError, match="failed to deploy"):
+                await attempt
+        dispatcher.update(3, snapshot(state="UPDATING"))
+        asking = asyncio.ensure_future(ask(dispatcher))
+        await asyncio.sleep(0)
+        dispatcher.update(4, {"routes": {}, "deployments": {}})
+        with pytest.raises(DeploymentUnavailableError, match="was deleted"):
+            await asking
+
+    run(test)
+
+
+def test_an_older_snapshot_is_ignored() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        seen: list[Any] = []
+        dispatcher.listeners.append(seen.append)
+        dispatcher.update(5, snapshot())
+        dispatcher.update(4, {"routes": {}, "deployments": {}})
+        assert list(dispatcher.groups) == ["D"] and len(seen) == 1
+
+    run(test)
+
+
+def test_abort_wakes_whoever_waits() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        replica = StandIn(keep)
+        place = await Place({1: replica}).start()
+        dispatcher.update(1, snapshot((1, place), max_ongoing=1))
+        calls = [Call(dispatcher, "D") for _ in range(2)]
+        tasks = [
+            asyncio.ensure_future(
+                call.first(lambda x, r: (CALL, x, r, ""), retry_lost=True)
+            )
+            for call in calls
+        ]
+        while not replica.messages:
+            await asyncio.sleep(0.005)
+        for call, task in zip(calls, tasks, strict=True):  # in a replica, in the queue
+            call.abort(timeout_error("D", 0.5))
+            with pytest.raises(RequestTimeoutError, match=r"within 0\.5 s"):
+                await task
+            call.cancel()
+        while CANCEL not in replica.ops:
+            await asyncio.sleep(0.005)
+        place.stop()
+
+    run(test)
+
+
+def test_cancelled_calls_give_their_places_back() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        place = await Place({1: StandIn(keep)}).start()
+        dispatcher.update(1, snapshot((1, place), max_ongoing=3))
+        tasks = [asyncio.ensure_future(ask(dispatcher)) for _ in range(50)]
+        for round_ in range(5):
+            await asyncio.sleep(0.002)
+            for task in tasks[round_::5]:
+                task.cancel()
+        await asyncio.wait(tasks)
+        group = dispatcher.groups["D"]
+        assert group.router.in_flight == 0 and not group.waiting
+        place.stop()
+
+    run(test)
+
+
+def test_replicas_forget_callers_who_went() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        replica = StandIn()
+        place = await Place({1: replica}).start()
+        dispatcher.update(1, snapshot((1, place)))
+        await ask(dispatcher)
+        await dispatcher.close()
+        while not replica.forgotten:
+            await asyncio.sleep(0.005)
+        with pytest.raises(DeploymentUnavailableError, match="stopping"):
+            await ask(dispatcher)
+        place.stop()
+
+    run(test)
+
+
+def test_a_local_replica_needs_no_connection() -> None:
+    async def test(_: Dispatcher) -> None:
+        near, far = StandIn(), StandIn()
+        place = await Place({2: far}).start()
+        dispatcher = Dispatcher(
+            asyncio.get_running_loop(),
+            connect,
+            local_address="tcp://here:1",
+            inboxes={1: near},
+        )
+        both = snapshot((2, place))
+        both["deployments"]["D"]["replicas"].append([1, "D#1", "tcp://here:1"])
+        dispatcher.update(1, both)
+        for _ in range(10):
+            assert (await ask(dispatcher))[0] == RESULT
+        assert len(near.messages) == 10 and not far.messages
+        await dispatcher.close()
+        assert near.forgotten == 1
+        place.stop()
+
+    run(test)

@@ -1,0 +1,103 @@
+"""What user code may return, and what HTTP clients get for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import json
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from pydantic import BaseModel
+from starlette.responses import JSONResponse, StreamingResponse
+
+from daskserve.replica.encode import BYTES, JSON, TEXT, NotEncodableError, encode
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: int
+
+
+class Model(BaseModel):
+    at: dt.datetime
+    n: int
+
+
+NOW = dt.datetime(2026, 1, 2, 3, 4, 5)
+ID = uuid.UUID(int=7)
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        ("héllo", (TEXT, "héllo".encode())),
+        (b"\x00\xff", (BYTES, b"\x00\xff")),
+        (bytearray(b"ab"), (BYTES, b"ab")),
+        (memoryview(b"ab"), (BYTES, b"ab")),
+        (None, (TEXT, b"")),
+    ],
+)
+def test_plain_bodies(result: Any, expected: tuple[bytes, bytes]) -> None:
+    assert encode(result) == expected
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        ({"a": [1, 2.5, None, True]}, {"a": [1, 2.5, None, True]}),
+        ([], []),
+        (3, 3),
+        (True, True),
+        ((1, 2), [1, 2]),
+        ({1: "a"}, {"1": "a"}),
+        ({"s": {3}}, {"s": [3]}),
+        (np.arange(3), [0, 1, 2]),
+        (np.float32(1.5), 1.5),
+        (np.array(["a", "b"]), ["a", "b"]),
+        (np.arange(6).reshape(2, 3).T, [[0, 3], [1, 4], [2, 5]]),
+        (
+            pd.DataFrame({"a": [1, 2], "b": [3, 4]}),
+            [{"a": 1, "b": 3}, {"a": 2, "b": 4}],
+        ),
+        (pd.Series({"x": 1, "y": 2}), {"x": 1, "y": 2}),
+        (pd.Timestamp(NOW), "2026-01-02T03:04:05"),
+        (Point(1, 2), {"x": 1, "y": 2}),
+        ([Model(at=NOW, n=1)], [{"at": "2026-01-02T03:04:05", "n": 1}]),
+        ({"at": NOW, "id": ID}, {"at": "2026-01-02T03:04:05", "id": str(ID)}),
+    ],
+)
+def test_json(result: Any, expected: Any) -> None:
+    encoded = encode(result)
+    assert isinstance(encoded, tuple)
+    assert encoded[0] == JSON
+    assert json.loads(encoded[1]) == expected
+
+
+def test_responses_are_left_as_they_are() -> None:
+    response = JSONResponse({}, 201)
+    assert encode(response) is response
+
+
+def test_generators_stream() -> None:
+    async def chunks() -> AsyncIterator[str]:
+        yield "a"
+
+    assert isinstance(encode(chunks()), StreamingResponse)
+    assert isinstance(encode(c for c in "ab"), StreamingResponse)
+
+
+class Strange:
+    pass
+
+
+@pytest.mark.parametrize("result", [Strange(), {"a": [Strange()]}, object])
+def test_what_cannot_be_expressed_is_named(result: Any) -> None:
+    with pytest.raises(NotEncodableError, match="cannot be expressed in JSON") as info:
+        encode(result)
+    assert "Strange" in str(info.value) or "type" in str(info.value)

@@ -1,0 +1,105 @@
+"""Hand-over between loops: nothing lost, nothing out of order, few wake-ups."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from daskserve.transport.loops import LoopThread, Mailbox
+from tests.utils import poll
+
+
+@pytest.fixture
+def thread() -> Iterator[LoopThread]:
+    made = LoopThread("daskserve-test")
+    made.start()
+    yield made
+    assert made.stop()
+
+
+def test_many_threads_hand_over_in_order(thread: LoopThread) -> None:
+    batches: list[list[tuple[int, int]]] = []
+    mailbox = Mailbox[tuple[int, int]](thread.loop, batches.append)
+
+    def put(producer: int) -> None:
+        for i in range(5000):
+            mailbox.put((producer, i))
+
+    producers = [threading.Thread(target=put, args=(n,)) for n in range(4)]
+    for producer in producers:
+        producer.start()
+    for producer in producers:
+        producer.join()
+    poll(lambda: sum(map(len, batches)) == 20_000)
+    items = [item for batch in batches for item in batch]
+    for n in range(4):
+        assert [i for producer, i in items if producer == n] == list(range(5000))
+    assert len(batches) < len(items)
+
+
+def test_a_batch_rides_on_one_wake_up(thread: LoopThread) -> None:
+    batches: list[list[int]] = []
+    mailbox = Mailbox[int](thread.loop, batches.append)
+    blocked, go = threading.Event(), threading.Event()
+
+    def block() -> None:
+        blocked.set()
+        assert go.wait(5)
+
+    thread.call_soon(block)
+    assert blocked.wait(5)
+    for i in range(100):
+        mailbox.put(i)
+    go.set()
+    poll(lambda: batches)
+    assert batches == [list(range(100))]
+
+
+def test_a_stopped_loop_drops_what_comes() -> None:
+    thread = LoopThread("daskserve-test")
+    thread.start()
+    mailbox = Mailbox[int](thread.loop, lambda batch: None)
+    assert thread.stop()
+    mailbox.put(1)
+    thread.call_soon(print)
+    with pytest.raises(RuntimeError):
+        thread.submit(asyncio.sleep(0))
+    assert not thread.alive
+
+
+def test_stop_cancels_what_runs() -> None:
+    thread = LoopThread("daskserve-test")
+    thread.start()
+    ended = threading.Event()
+
+    async def run() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    thread.submit(run())
+    assert thread.stop()
+    assert ended.is_set()
+
+
+def test_stop_does_not_wait_for_code_that_blocks() -> None:
+    thread = LoopThread("daskserve-test")
+    thread.start()
+    go = threading.Event()
+    thread.call_soon(go.wait, 10)
+    assert not thread.stop(timeout_s=0.05)
+    go.set()
+    poll(lambda: not thread.alive)
+
+
+def test_submit_returns_what_comes_out(thread: LoopThread) -> None:
+    async def answer() -> int:
+        assert thread.is_current
+        return 42
+
+    assert thread.submit(answer()).result(5) == 42
+    assert not thread.is_current
