@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 from distributed import Client
-from distributed.protocol.pickle import dumps
 
 from daskserve import environment, pickling
 from daskserve.config import DeploymentOptions, HTTPOptions
@@ -273,7 +272,7 @@ async def _start(
         },
         detached=detached,
         client=client.id,
-        worker_plugin=dumps(ServeWorkerPlugin()),
+        worker_plugin=environment.guarded(ServeWorkerPlugin()),
     )
     if not info["started"]:
         _check_same(info, options, detached, given)
