@@ -171,6 +171,8 @@ class Forwarder:
         info.prefix, info.deployment = match
         try:
             await self._forward(scope, receive, send, info, root_path, path)
+        except ClientGoneError:
+            raise
         except RequestError as err:
             await self._respond_error(send, info, err)
 

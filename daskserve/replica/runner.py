@@ -135,8 +135,11 @@ class Runner:
         """Cancel everything that came from `reply_to`; any thread."""
         self._thread.call_soon(self._cancel_from, reply_to)
 
-    def reconfigure(self, user_config: bytes, config_generation: int) -> None:
-        """Give the user's object another config, and report how that went."""
+    def reconfigure(self, user_config: bytes | None, config_generation: int) -> None:
+        """Give the user's object another config, and report how that went.
+
+        It gets None if the deployment has no config any more.
+        """
         self._thread.submit(
             self._reconfigure_and_report(user_config, config_generation)
         )
@@ -199,17 +202,18 @@ class Runner:
         self._lifespan = Lifespan(self._app)
         await self._lifespan.startup()
 
-    async def _reconfigure(self, user_config: bytes) -> None:
+    async def _reconfigure(self, user_config: bytes | None) -> None:
         method = getattr(self._servable, "reconfigure", None)
         if method is None:
             raise TypeError(
                 f"user_config was given, but deployment {self.spec.deployment!r} has "
                 f"no method reconfigure(self, user_config) to take it."
             )
-        await self._invoke(method, (pickling.loads(user_config),), {})
+        value = None if user_config is None else pickling.loads(user_config)
+        await self._invoke(method, (value,), {})
 
     async def _reconfigure_and_report(
-        self, user_config: bytes, generation: int
+        self, user_config: bytes | None, generation: int
     ) -> None:
         current_replica.set(self._context(None))
         error = None
