@@ -1,0 +1,664 @@
+"""One replica without a cluster: messages in, user code, messages out."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+import daskserve as serve
+from daskserve import pickling
+from daskserve.replica.actor import ReplicaSpec
+from daskserve.replica.runner import Runner
+from daskserve.transport import values
+from daskserve.transport.messages import (
+    BODY,
+    CALL,
+    CANCEL,
+    CHUNK,
+    CREDIT,
+    CUT,
+    ERROR,
+    GRANT,
+    NOT_ENCODABLE,
+    REFUSED,
+    REQUEST,
+    RESPONSE,
+    RESULT,
+    START,
+    STOPPED,
+    UNKNOWN_METHOD,
+    USER_ERROR,
+    Message,
+)
+from tests.utils import leftover_threads, poll
+
+WINDOW = 100_000
+HEAD = ("GET", "/D/x", b"/D/x", b"", [], "1.1", "http", ("c", 1), ("s", 2), "/D", "id1")
+
+
+class Caller:
+    """A caller's end of a channel that keeps what comes."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+
+    def send(self, message: Message) -> None:
+        self.messages.append(message)
+
+    def of(self, exchange_id: int, *ops: int) -> list[Message]:
+        return [
+            m
+            for m in list(self.messages)
+            if m[1] == exchange_id and (not ops or m[0] in ops)
+        ]
+
+    def wait(self, exchange_id: int, *ops: int) -> Message:
+        return poll(lambda: self.of(exchange_id, *ops))[-1]
+
+
+class Replica:
+    """A runner, what it reported, and a caller."""
+
+    def __init__(self, target: Any, *args: Any, **options: Any) -> None:
+        spec = {
+            "replica_id": 1,
+            "tag": "D#1",
+            "deployment": "D",
+            "code": pickling.dumps(target, what="the test's code"),
+            "init": pickling.dumps((args, {}), what="the test's arguments"),
+            "user_config": None,
+            "config_generation": 1,
+            "max_ongoing_requests": 100,
+        }
+        self.reports: list[dict[str, Any]] = []
+        self.caller = Caller()
+        self.runner = Runner(
+            ReplicaSpec(**{**spec, **options}),
+            self.reports.append,
+            SimpleNamespace(),
+            WINDOW,
+        )
+        self._last_id = 0
+        self.runner.start()
+        self.wait_for("started", "failed")
+
+    def wait_for(self, *events: str) -> dict[str, Any]:
+        return poll(lambda: [r for r in list(self.reports) if r["event"] in events])[-1]
+
+    def request(self, body: bytes = b"", more: bool = False, **head: Any) -> int:
+        fields = (head.get("method", HEAD[0]), *HEAD[1:])
+        return self.send(REQUEST, fields, body, more)
+
+    def call(self, method: str = "__call__", *args: Any, **kwargs: Any) -> int:
+        data, _ = values.dumps_arguments(args, kwargs, what="arguments")
+        return self.send(CALL, method, data, (), "id2")
+
+    def send(self, op: int, *fields: Any) -> int:
+        if op in (REQUEST, CALL):
+            self._last_id += 1
+        self.runner.put(self.caller, (op, self._last_id, 1, *fields))
+        return self._last_id
+
+    def result(self, exchange_id: int) -> Any:
+        message = self.caller.wait(exchange_id, RESULT, ERROR)
+        if message[0] == ERROR:
+            raise values.restore(*message[3:])
+        return values.loads_value(message[2])
+
+    def body(self, exchange_id: int) -> bytes:
+        message = self.caller.wait(exchange_id, RESPONSE, ERROR)
+        assert message[0] == RESPONSE, message
+        assert isinstance(message[4], bytes)
+        return message[4]
+
+
+@pytest.fixture
+def replica() -> Iterator[Callable[..., Replica]]:
+    made: list[Replica] = []
+
+    def make(target: Any, *args: Any, **options: Any) -> Replica:
+        made.append(Replica(target, *args, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.runner.close()
+    assert leftover_threads() == []
+
+
+Make = Callable[..., Replica]
+
+
+class Counter:
+    def __init__(self, n: int = 0) -> None:
+        self.n = n
+
+    def __call__(self, request: Request) -> dict[str, int]:
+        self.n += 1
+        return {"n": self.n}
+
+    async def add(self, k: int, *, times: int = 1) -> int:
+        self.n += k * times
+        return self.n
+
+    def reconfigure(self, config: Any) -> None:
+        if config == "bad":
+            raise ValueError("not that")
+        self.n = -1 if config is None else config["n"]
+
+
+def test_a_class_answers_requests_and_calls(replica: Make) -> None:
+    made = replica(Counter, 10)
+    assert made.body(made.request()) == b'{"n":11}'
+    assert made.result(made.call("add", 5, times=2)) == 21
+    assert [report["event"] for report in made.reports] == ["initializing", "started"]
+
+
+def test_functions_with_and_without_a_request(replica: Make) -> None:
+    async def path(request: Request) -> str:
+        return request.url.path
+
+    made = replica(path)
+    assert made.body(made.request()) == b"/D/x"
+    made = replica(lambda: "nothing taken")
+    assert made.body(made.request()) == b"nothing taken"
+    assert made.result(made.call("__call__", "dropped")) == "nothing taken"
+
+
+def test_partials_and_decorated_functions(replica: Make) -> None:
+    def add(a: int, b: int) -> int:
+        return a + b
+
+    class Adder:
+        def __init__(self) -> None:
+            self.run = functools.partial(add, 1)
+
+    made = replica(Adder)
+    assert made.result(made.call("run", 2)) == 3
+
+
+def test_an_async_constructor(replica: Make) -> None:
+    class Slow:
+        async def __init__(self, n: int) -> None:
+            await asyncio.sleep(0)
+            self.n = n
+
+        def get(self) -> int:
+            return self.n
+
+    made = replica(Slow, 3)
+    assert made.result(made.call("get")) == 3
+
+
+def test_a_constructor_finds_a_running_loop(replica: Make) -> None:
+    class Looped:
+        def __init__(self) -> None:
+            self.task = asyncio.get_running_loop().create_task(asyncio.sleep(0, "done"))
+
+        async def get(self) -> str:
+            return await self.task
+
+    made = replica(Looped)
+    assert made.result(made.call("get")) == "done"
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+def test_a_constructor_that_raises(replica: Make, error: type[BaseException]) -> None:
+    class Bad:
+        def __init__(self) -> None:
+            raise error("no good")
+
+    report = replica(Bad).reports[-1]
+    assert report["event"] == "failed"
+    assert "no good" in report["text"] and "in __init__" in report["text"]
+
+
+def test_sync_methods_run_one_at_a_time_on_their_thread(replica: Make) -> None:
+    class Busy:
+        def __init__(self) -> None:
+            self.now = self.most = 0
+            self.threads: set[int] = set()
+
+        def work(self) -> None:
+            self.threads.add(threading.get_ident())
+            self.now += 1
+            self.most = max(self.most, self.now)
+            time.sleep(0.005)
+            self.now -= 1
+
+        async def seen(self) -> tuple[int, int, bool]:
+            on_loop = threading.get_ident() in self.threads
+            return self.most, len(self.threads), on_loop
+
+    made = replica(Busy)
+    ids = [made.call("work") for _ in range(10)]
+    for each in ids:
+        made.result(each)
+    assert made.result(made.call("seen")) == (1, 1, False)
+
+
+def test_async_methods_run_side_by_side(replica: Make) -> None:
+    class Meeting:
+        def __init__(self) -> None:
+            self.barrier = asyncio.Barrier(3)
+
+        async def meet(self) -> str:
+            await self.barrier.wait()
+            return "met"
+
+    made = replica(Meeting)
+    ids = [made.call("meet") for _ in range(3)]
+    assert [made.result(each) for each in ids] == ["met"] * 3
+
+
+def test_max_ongoing_is_strict(replica: Make) -> None:
+    class Held:
+        def __init__(self) -> None:
+            self.go = asyncio.Event()
+
+        async def hold(self) -> str:
+            await self.go.wait()
+            return "held"
+
+        async def free(self) -> None:
+            self.go.set()
+
+    made = replica(Held, max_ongoing_requests=2)
+    held = [made.call("hold") for _ in range(2)]
+    over = made.call("hold")
+    assert made.caller.wait(over)[0] == REFUSED
+    for each in held:
+        made.runner.put(made.caller, (CANCEL, each, 1))
+    poll(lambda: made.runner.ongoing == 0)
+    assert made.result(made.call("free")) is None
+
+
+def test_a_deserted_sync_call_still_counts(replica: Make) -> None:
+    started, go = threading.Event(), threading.Event()
+    _events["started"], _events["go"] = started, go
+
+    class Stuck:
+        def hold(self) -> None:
+            _wait()
+
+    made = replica(Stuck, max_ongoing_requests=1)
+    held = made.call("hold")
+    assert started.wait(5)
+    made.runner.put(made.caller, (CANCEL, held, 1))
+    poll(lambda: not made.runner._calls)
+    assert made.runner.ongoing == 1
+    assert made.caller.wait(made.call("hold"))[0] == REFUSED
+    go.set()
+    poll(lambda: made.runner.ongoing == 0)
+
+
+_events: dict[str, threading.Event] = {}
+
+
+def _wait() -> None:
+    _events["started"].set()
+    assert _events["go"].wait(10)
+
+
+def test_errors_of_user_code(replica: Make) -> None:
+    class Errors:
+        def __call__(self, request: Request) -> Any:
+            raise KeyError("secret")
+
+        def plain(self) -> None:
+            raise KeyError("a key")
+
+        def stop(self) -> None:
+            raise StopIteration
+
+        async def leave(self) -> None:
+            raise SystemExit(3)
+
+        def strange(self) -> None:
+            class Local(Exception):
+                def __reduce__(self) -> Any:
+                    raise TypeError("never")
+
+            raise Local("local")
+
+        def thing(self) -> Any:
+            return (n for n in range(3))
+
+    made = replica(Errors)
+    with pytest.raises(KeyError, match="a key") as info:
+        made.result(made.call("plain"))
+    assert "in plain" in "".join(info.value.__notes__)
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        made.result(made.call("stop"))
+    with pytest.raises(serve.ServeError, match="SystemExit"):
+        made.result(made.call("leave"))
+    with pytest.raises(serve.ServeError, match="Local: local"):
+        made.result(made.call("strange"))
+    with pytest.raises(TypeError, match=r"the result of D\.thing\(\) cannot be"):
+        made.result(made.call("thing"))
+    message = made.caller.wait(made.call("nothing"))
+    assert message[:1] + message[2:3] == (ERROR, UNKNOWN_METHOD)
+    assert "'leave', 'plain', 'stop'" in message[4]
+    message = made.caller.wait(made.request(), ERROR)
+    assert message[2] == USER_ERROR and message[3] == "KeyError"
+    assert made.runner.ongoing == 0
+
+
+def test_a_result_that_cannot_be_encoded(replica: Make) -> None:
+    made = replica(lambda: object())
+    message = made.caller.wait(made.request(), ERROR)
+    assert message[2] == NOT_ENCODABLE and "object" in message[4]
+
+
+def test_a_class_without_call_cannot_answer_http(replica: Make) -> None:
+    class Mute:
+        def method(self) -> int:
+            return 1
+
+    made = replica(Mute)
+    assert "neither __call__ nor" in made.caller.wait(made.request(), ERROR)[4]
+    assert made.result(made.call("method")) == 1
+
+
+def test_bodies_come_as_they_are_granted(replica: Make) -> None:
+    async def size(request: Request) -> list[int]:
+        return [len(chunk) async for chunk in request.stream() if chunk]
+
+    made = replica(size)
+    asked = made.request(b"a" * 10, more=True, method="POST")
+    assert made.caller.wait(asked, GRANT)[2] == WINDOW
+    made.send(BODY, b"b" * 20, True)
+    made.send(BODY, b"c" * 30, False)
+    assert made.body(asked) == b"[10,20,30]"
+    assert [m[2] for m in made.caller.of(asked, GRANT)] == [WINDOW, 20, 30]
+
+
+def test_a_slow_reader_slows_the_generator(replica: Make) -> None:
+    class Flood:
+        async def __call__(self) -> Any:
+            async def chunks() -> Any:
+                for _ in range(100):
+                    yield b"x" * 10_000
+
+            return chunks()
+
+        async def turn(self) -> None:
+            await asyncio.sleep(0.01)
+
+    made = replica(Flood)
+    asked = made.request()
+    made.caller.wait(asked, START)
+    poll(lambda: len(made.caller.of(asked, CHUNK)) >= WINDOW // 10_000)
+    made.result(made.call("turn"))  # the loop has gone round, and nothing came
+    before = len(made.caller.of(asked, CHUNK))
+    assert before == WINDOW // 10_000
+    made.runner.put(made.caller, (CREDIT, asked, 1, 30_000))
+    poll(lambda: len(made.caller.of(asked, CHUNK)) == before + 3)
+    made.runner.put(made.caller, (CANCEL, asked, 1))
+    poll(lambda: made.runner.ongoing == 0)
+
+
+def test_a_stream_that_breaks_is_cut(replica: Make) -> None:
+    async def breaks() -> Any:
+        async def chunks() -> Any:
+            yield b"begun"
+            raise ValueError("in the middle")
+
+        return chunks()
+
+    made = replica(breaks)
+    asked = made.request()
+    message = made.caller.wait(asked, ERROR)
+    assert message[2] == CUT
+    assert [m[0] for m in made.caller.of(asked)] == [START, CHUNK, ERROR]
+
+
+def app_of(endpoint: Any, **options: Any) -> type:
+    class Holder:
+        pass
+
+    app = Starlette(routes=[Route("/x", endpoint)], **options)
+    return serve.ingress(app)(Holder)
+
+
+def test_an_app_gets_its_lifespan_and_prefix(replica: Make) -> None:
+    import contextlib
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Any) -> Any:
+        yield {"started": ["startup"]}
+
+    async def endpoint(request: Request) -> PlainTextResponse:
+        url = request.url_for("endpoint")
+        return PlainTextResponse(f"{request.state.started} {url.path}")
+
+    made = replica(app_of(endpoint, lifespan=lifespan))
+    assert made.body(made.request()) == b"['startup'] /D/x"
+
+
+def test_a_startup_that_fails_is_a_replica_that_fails(replica: Make) -> None:
+    import contextlib
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Any) -> Any:
+        raise OSError("no database")
+        yield
+
+    async def endpoint(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("")
+
+    report = replica(app_of(endpoint, lifespan=lifespan)).reports[-1]
+    assert report["event"] == "failed" and "no database" in report["text"]
+
+
+def test_an_app_that_says_nothing(replica: Make) -> None:
+    class Holder:
+        pass
+
+    async def silent(scope: Any, receive: Any, send: Any) -> None:
+        pass
+
+    made = replica(serve.ingress(silent)(Holder))
+    message = made.caller.wait(made.request(), ERROR)
+    assert "without completing its response" in message[4]
+
+
+@pytest.mark.parametrize(
+    ("events", "error"),
+    [
+        (["http.response.body"], "Expected 'http.response.start'"),
+        (["http.response.start"] * 2, "second 'http.response.start'"),
+        (["http.response.strange"], "Unexpected ASGI message"),
+    ],
+)
+def test_events_in_a_wrong_order(replica: Make, events: list[str], error: str) -> None:
+    class Holder:
+        pass
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        for event in events:
+            await send({"type": event, "status": 200, "headers": []})
+
+    made = replica(serve.ingress(app)(Holder))
+    message = made.caller.wait(made.request(), ERROR)
+    assert error in message[4]
+
+
+def test_cancel_reaches_the_task_and_the_app_sees_a_disconnect(replica: Make) -> None:
+    ENDED.clear()
+
+    class Holder:
+        pass
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await receive()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            note((await receive())["type"])
+            raise
+
+    made = replica(serve.ingress(app)(Holder))
+    asked = made.request()
+    poll(lambda: made.runner.ongoing == 1)
+    made.runner.put(made.caller, (CANCEL, asked, 1))
+    poll(lambda: made.runner.ongoing == 0)
+    assert ENDED == ["http.disconnect"]
+    assert made.caller.of(asked) == []
+
+
+def test_forget_cancels_all_of_one_caller(replica: Make) -> None:
+    async def hold() -> None:
+        await asyncio.sleep(60)
+
+    made = replica(hold)
+    made.request()
+    made.call()
+    other = Caller()
+    made.runner.put(other, (REQUEST, 1, 1, HEAD, b"", False))
+    poll(lambda: made.runner.ongoing == 3)
+    made.runner.forget(made.caller)
+    poll(lambda: made.runner.ongoing == 1)
+    assert not other.messages
+
+
+def test_reconfigure(replica: Make) -> None:
+    config = pickling.dumps({"n": 5}, what="config")
+    made = replica(Counter, user_config=config)
+    assert made.result(made.call("add", 0)) == 5
+    made.runner.reconfigure(pickling.dumps({"n": 7}, what="config"), 2)
+    assert made.wait_for("reconfigured") == {
+        "event": "reconfigured",
+        "generation": 2,
+        "error": None,
+    }
+    assert made.result(made.call("add", 0)) == 7
+    made.runner.reconfigure(pickling.dumps("bad", what="config"), 3)
+    poll(lambda: made.reports[-1].get("generation") == 3)
+    assert "not that" in made.reports[-1]["error"]
+    made.runner.reconfigure(None, 4)
+    poll(lambda: made.reports[-1].get("generation") == 4)
+    assert made.result(made.call("add", 0)) == -1
+
+
+def test_user_config_without_reconfigure_is_an_error(replica: Make) -> None:
+    class Without:
+        pass
+
+    config = pickling.dumps({"n": 5}, what="config")
+    report = replica(Without, user_config=config).reports[-1]
+    assert "has no method reconfigure" in report["text"]
+
+
+ENDED: list[str] = []
+
+
+def note(text: str) -> None:
+    ENDED.append(text)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_stop_drains_then_runs_hooks_once(replica: Make, kind: str) -> None:
+    import contextlib
+    import gc
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Any) -> Any:
+        yield
+        note("shutdown")
+
+    class Base:
+        async def hold(self) -> str:
+            await asyncio.sleep(0.1)
+            return "held"
+
+    class Sync(Base):
+        def __del__(self) -> None:
+            note("del")
+
+    class Async(Base):
+        async def __del__(self) -> None:
+            await asyncio.sleep(0)
+            note("del")
+
+    ENDED.clear()
+    app = Starlette(lifespan=lifespan)
+    made = replica(serve.ingress(app)(Sync if kind == "sync" else Async))
+    held = made.call("hold")
+    poll(lambda: made.runner.ongoing == 1)
+    made.runner.stop(grace_s=5, poll_s=0.01)
+    assert made.result(held) == "held"
+    made.wait_for("stopped")
+    assert ENDED == ["shutdown", "del"]
+    assert made.caller.wait(made.call("hold"))[0] == REFUSED
+    gc.collect()
+    assert ENDED == ["shutdown", "del"]
+
+
+def test_stop_ends_what_outlives_the_grace_period(replica: Make) -> None:
+    async def hold() -> None:
+        await asyncio.sleep(60)
+
+    made = replica(hold)
+    asked, called = made.request(), made.call()
+    poll(lambda: made.runner.ongoing == 2)
+    made.runner.stop(grace_s=0.05, poll_s=0.01)
+    made.wait_for("stopped")
+    for each in (asked, called):
+        message = made.caller.wait(each)
+        assert message[:1] + message[2:3] == (ERROR, STOPPED)
+
+
+def test_abandon_answers_for_code_that_blocks(replica: Make) -> None:
+    started, go = threading.Event(), threading.Event()
+    _events["started"], _events["go"] = started, go
+
+    async def block() -> None:
+        _wait()
+
+    made = replica(block)
+    asked = made.request()
+    assert started.wait(5)
+    made.runner.abandon()
+    assert made.caller.wait(asked)[2] == STOPPED
+    go.set()
+
+
+def test_context_is_right_everywhere(replica: Make) -> None:
+    class Asks:
+        def __init__(self) -> None:
+            self.first = serve.get_replica_context()
+
+        def __call__(self, request: Request) -> str:
+            return str(serve.get_replica_context().request_id)
+
+        async def on_loop(self) -> Any:
+            context = serve.get_replica_context()
+            return context.deployment, context.replica_tag, context.request_id
+
+        def same(self) -> bool:
+            return serve.get_replica_context().servable_object is self
+
+        def at_first(self) -> Any:
+            return self.first.replica_tag, self.first.servable_object
+
+    made = replica(Asks)
+    assert made.body(made.request()) == b"id1"
+    assert made.result(made.call("on_loop")) == ("D", "D#1", "id2")
+    assert made.result(made.call("same")) is True
+    assert made.result(made.call("at_first")) == ("D#1", None)
+    with pytest.raises(serve.ServeError, match="outside of a replica"):
+        serve.get_replica_context()
