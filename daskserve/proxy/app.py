@@ -28,6 +28,7 @@ from daskserve.exceptions import (
 )
 from daskserve.proxy.client_watch import ClientGoneError, ClientWatch
 from daskserve.proxy.routes import RouteTable
+from daskserve.proxy.websocket import WebSocketRelay, refuse
 from daskserve.transport.dispatcher import Call, Dispatcher, Group
 from daskserve.transport.messages import (
     CHUNK,
@@ -92,9 +93,9 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] != "http":
-            return await _refuse_websocket(scope, receive, send)
         info = scope["daskserve"] = RequestInfo(_request_id(scope))
+        if scope["type"] == "websocket":
+            return await self._websocket(scope, receive, send, info)
         header = (b"x-request-id", info.request_id.encode())
 
         async def send_with_id(event: Message) -> None:
@@ -104,7 +105,7 @@ class Front:
             await send(event)
 
         try:
-            if self._token is not None and not self._authorized(scope):
+            if not self._authorized(scope):
                 challenge = (b"www-authenticate", b"Bearer")
                 await respond(send_with_id, 401, "Unauthorized", challenge)
             else:
@@ -124,11 +125,36 @@ class Front:
             if access_logger.isEnabledFor(logging.INFO):
                 _log_access(scope["method"], info)
 
+    async def _websocket(
+        self, scope: Scope, receive: Receive, send: Send, info: RequestInfo
+    ) -> None:
+        header = (b"x-request-id", info.request_id.encode())
+
+        async def send_with_id(event: Message) -> None:
+            if not info.status:  # accept, response or close: the handshake's end
+                accepted = event["type"] == "websocket.accept"
+                info.status = 101 if accepted else event.get("status", 403)
+                event["headers"] = [*event.get("headers", ()), header]
+            await send(event)
+
+        try:
+            if not self._authorized(scope):
+                await refuse(send_with_id, 401, "Unauthorized")
+            else:
+                await self._app(scope, receive, send_with_id)
+        except RequestError as err:
+            logger.info("WebSocket %s: %s", info.request_id, err)
+            text = str(err) or type(err).__name__
+            await refuse(send_with_id, err.status_code, text)
+        finally:
+            if access_logger.isEnabledFor(logging.INFO):
+                _log_access("WEBSOCKET", info)
+
     def _authorized(self, scope: Scope) -> bool:
-        if scope["path"] == "/-/healthz":
+        if self._token is None or scope["path"] == "/-/healthz":
             return True
         given = _header(scope, b"authorization") or b""
-        return self._token is not None and hmac.compare_digest(given, self._token)
+        return hmac.compare_digest(given, self._token)
 
 
 class Forwarder:
@@ -156,7 +182,8 @@ class Forwarder:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         path: str = scope["path"]
-        if path.startswith("/-/"):
+        websocket = scope["type"] == "websocket"
+        if path.startswith("/-/") and not websocket:
             return await self._serve_own(path, scope, send)
         info: RequestInfo = scope["daskserve"]
         match = self._table.match(path)
@@ -165,10 +192,19 @@ class Forwarder:
             # The proxy in front of this one has not stripped its prefix.
             path = path[len(root_path) :]
             match = self._table.match(path)
+        if match is None and websocket:
+            await receive()
+            return await send({"type": "websocket.close"})  # before accept: a 403
         if match is None:
             text = f"Path '{path}' not found. Please ping {_origin(scope)}/-/routes"
             return await respond(send, 404, f"{text} for route table.")
         info.prefix, info.deployment = match
+        if websocket:
+            group = self._dispatcher.groups.get(info.deployment)
+            limit = self._timeout_s(scope, group)
+            relay = WebSocketRelay(self._dispatcher, info.deployment, limit)
+            head = _head(scope, root_path, path, info)
+            return await relay.run(head, scope, receive, send)
         try:
             await self._forward(scope, receive, send, info, root_path, path)
         except ClientGoneError:
@@ -342,12 +378,6 @@ async def _send_start(
     await send({"type": "http.response.start", "status": status, "headers": headers})
 
 
-async def _refuse_websocket(scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["type"] == "websocket":
-        await receive()
-        await send({"type": "websocket.close", "code": 1000})
-
-
 def _head(
     scope: Scope, root_path: str, path: str, info: RequestInfo
 ) -> tuple[Any, ...]:
@@ -359,7 +389,7 @@ def _head(
             raw_path = root_path.encode() + raw_path
         path = root_path + path
     return (
-        scope["method"],
+        scope.get("method", "GET"),
         path,
         raw_path,
         scope["query_string"],

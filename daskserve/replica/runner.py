@@ -16,7 +16,7 @@ import os
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 from distributed.threadpoolexecutor import ThreadPoolExecutor
 from starlette.exceptions import HTTPException
@@ -30,17 +30,21 @@ from daskserve.replica.actor import ReplicaSpec
 from daskserve.replica.asgi import HttpExchange, Lifespan
 from daskserve.replica.context import ReplicaContext, current_replica
 from daskserve.replica.encode import NotEncodableError, encode
+from daskserve.replica.websocket import ClientDisconnectedError, WebSocketExchange
 from daskserve.transport import values
 from daskserve.transport.channel import ReplyTo
 from daskserve.transport.loops import LoopThread, Mailbox
 from daskserve.transport.messages import (
     BODY,
-    CALL,
     CANCEL,
+    CONNECT,
     CREDIT,
     CUT,
+    END,
     ERROR,
+    EVENT,
     NOT_ENCODABLE,
+    OPENING,
     REFUSED,
     REQUEST,
     RESULT,
@@ -52,17 +56,24 @@ from daskserve.transport.messages import (
 
 logger = logging.getLogger(__name__)
 
+#: An exchange: who began it, and its number there.
+Key: TypeAlias = tuple[ReplyTo, int]
+
 #: How long shutdown hooks and ``__del__`` may take together, after the grace period.
 HOOKS_TIMEOUT_S = 3.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+class Running(Protocol):
+    """An exchange that is in user code."""
+
+    task: asyncio.Task[None] | None
+
+
+@dataclass(slots=True, eq=False)
 class HandleCall:
     """One call through a handle that is in the replica."""
 
-    reply_to: ReplyTo
-    exchange_id: int
-    task: asyncio.Task[None]
+    task: asyncio.Task[None] | None
 
 
 class Runner:
@@ -100,8 +111,9 @@ class Runner:
         self._inbox: Mailbox[tuple[ReplyTo, Message]] = Mailbox(
             self._thread.loop, self._deliver
         )
-        self._http: dict[tuple[ReplyTo, int], HttpExchange] = {}
-        self._calls: dict[tuple[ReplyTo, int], HandleCall] = {}
+        self._http: dict[Key, HttpExchange] = {}
+        self._websockets: dict[Key, WebSocketExchange] = {}
+        self._calls: dict[Key, HandleCall] = {}
         #: Sync calls whose callers have gone; their thread cannot be stopped.
         self._deserted = 0
         self._accepting = False
@@ -120,7 +132,8 @@ class Runner:
     @property
     def ongoing(self) -> int:
         """Requests and calls that are in user code now."""
-        return len(self._http) + len(self._calls) + self._deserted
+        exchanges = len(self._http) + len(self._websockets) + len(self._calls)
+        return exchanges + self._deserted
 
     def start(self) -> None:
         """Start the threads and, on them, the constructor; returns at once."""
@@ -151,8 +164,8 @@ class Runner:
     def abandon(self) -> None:
         """Answer for a replica whose user code does not let go; any thread."""
         self._accepting = False
-        for reply_to, exchange_id in [*self._http, *self._calls]:
-            self._send_stopped(reply_to, exchange_id)
+        for key in [*self._http, *self._websockets, *self._calls]:
+            self._send_stopped(*key)
         self.close(timeout_s=0)
 
     def close(self, timeout_s: float = 2) -> None:
@@ -230,16 +243,16 @@ class Runner:
             return
         self._stopping, self._accepting = True, False
         self._wake_if_idle()
+        for websocket in list(self._websockets.values()):
+            websocket.go_away()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 await self._idle.wait()
-        for key, exchange in list(self._http.items()):
+        left: dict[Key, Running] = {**self._http, **self._websockets, **self._calls}
+        for key, exchange in left.items():
             self._send_stopped(*key)
             if exchange.task is not None:
                 exchange.task.cancel()
-        for key, call in list(self._calls.items()):
-            self._send_stopped(*key)
-            call.task.cancel()
         try:
             async with asyncio.timeout(HOOKS_TIMEOUT_S):
                 await self._run_hooks()
@@ -263,16 +276,21 @@ class Runner:
     def _deliver(self, batch: list[tuple[ReplyTo, Message]]) -> None:
         for reply_to, message in batch:
             op = message[0]
-            if op == REQUEST or op == CALL:
+            if op in OPENING:
                 self._begin(reply_to, message)
             elif op == BODY:
                 exchange = self._http.get((reply_to, message[1]))
                 if exchange is not None:
                     exchange.body_arrived(message[3], message[4])
             elif op == CREDIT:
-                exchange = self._http.get((reply_to, message[1]))
-                if exchange is not None:
-                    exchange.credit(message[3])
+                key = (reply_to, message[1])
+                credited = self._http.get(key) or self._websockets.get(key)
+                if credited is not None:
+                    credited.credit(message[3])
+            elif op == EVENT:
+                websocket = self._websockets.get((reply_to, message[1]))
+                if websocket is not None:
+                    websocket.event_arrived(message[3])
             elif op == CANCEL:
                 self._cancel((reply_to, message[1]))
 
@@ -286,22 +304,29 @@ class Runner:
             exchange = HttpExchange(reply_to, message, self._window_bytes)
             self._http[key] = exchange
             exchange.task = self.loop.create_task(self._serve_http(exchange))
+        elif message[0] == CONNECT:
+            websocket = WebSocketExchange(reply_to, message, self._window_bytes)
+            self._websockets[key] = websocket
+            websocket.task = self.loop.create_task(self._serve_websocket(websocket))
         else:
             task = self.loop.create_task(self._serve_call(key, *message[3:]))
-            self._calls[key] = HandleCall(*key, task)
+            self._calls[key] = HandleCall(task)
 
-    def _cancel(self, key: tuple[ReplyTo, int]) -> None:
+    def _cancel(self, key: Key) -> None:
         exchange = self._http.get(key)
         if exchange is not None:
             exchange.disconnect()
             if exchange.task is not None and not exchange.response_complete:
                 exchange.task.cancel()
+        websocket = self._websockets.get(key)
+        if websocket is not None:
+            websocket.disconnect()  # as on any server, the app is told and not cut off
         call = self._calls.get(key)
-        if call is not None:
+        if call is not None and call.task is not None:
             call.task.cancel()
 
     def _cancel_from(self, reply_to: ReplyTo) -> None:
-        for key in [*self._http, *self._calls]:
+        for key in [*self._http, *self._websockets, *self._calls]:
             if key[0] is reply_to:
                 self._cancel(key)
 
@@ -386,11 +411,37 @@ class Runner:
             kind = CUT
         exchange.reply_to.send(_error_message(exchange.exchange_id, kind, error))
 
+    # WebSockets.
+
+    async def _serve_websocket(self, exchange: WebSocketExchange) -> None:
+        request_id = exchange.head["request_id"]
+        current_replica.set(self._context(request_id))
+        reply: Message = (END, exchange.exchange_id)
+        try:
+            if self._app is None:
+                await exchange.send({"type": "websocket.close"})  # a 403
+            else:
+                state = self._lifespan.state if self._lifespan is not None else None
+                await self._app(exchange.scope(state), exchange.receive, exchange.send)
+        except asyncio.CancelledError:
+            _cancel_children()
+        except ClientDisconnectedError:
+            pass
+        except (Exception, SystemExit, KeyboardInterrupt) as err:
+            logger.exception(
+                "WebSocket %s to deployment %r failed", request_id, self.spec.deployment
+            )
+            reply = _error_message(exchange.exchange_id, USER_ERROR, err)
+        finally:
+            del self._websockets[exchange.reply_to, exchange.exchange_id]
+            exchange.reply_to.send(reply)
+            self._finished()
+
     # Calls through handles.
 
     async def _serve_call(
         self,
-        key: tuple[ReplyTo, int],
+        key: Key,
         method_name: str,
         arguments: bytes,
         future_keys: tuple[Any, ...],

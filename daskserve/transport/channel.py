@@ -19,11 +19,10 @@ from distributed.protocol.serialize import to_serialize
 from daskserve.exceptions import RequestError
 from daskserve.transport.loops import Mailbox
 from daskserve.transport.messages import (
-    CALL,
     GRANT,
     OP_CHANNEL,
+    OPENING,
     REFUSED,
-    REQUEST,
     Message,
 )
 
@@ -338,5 +337,5 @@ def dispatch(inboxes: Mapping[int, Inbox], reply_to: ReplyTo, message: Message) 
     inbox = inboxes.get(message[2])
     if inbox is not None:
         inbox.put(reply_to, message)
-    elif message[0] in (REQUEST, CALL):
+    elif message[0] in OPENING:
         reply_to.send((REFUSED, message[1], f"replica {message[2]} is not here"))

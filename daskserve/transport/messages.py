@@ -12,6 +12,8 @@ From a caller to a replica (the third field is always the replica's id):
              futures in them, request id
 ``BODY``     replica, data, more_body
 ``CREDIT``   replica, bytes of the response that the caller has passed on
+``CONNECT``  replica, head with subprotocols: a WebSocket
+``EVENT``    replica, an ASGI event of a WebSocket, as a dict
 ``CANCEL``   replica: the caller has gone, or does not want an answer any more
 ===========  ===============================================================
 
@@ -21,6 +23,8 @@ From a replica to a caller:
 ``RESPONSE``  status, headers, body: the whole response
 ``START``     status, headers
 ``CHUNK``     data, more_body
+``PUSH``      an ASGI event of a WebSocket, as a dict
+``END``       the app of a WebSocket has returned
 ``RESULT``    pickled result of a call
 ``ERROR``     kind, type name, text, traceback, pickled exception or None
 ``REFUSED``   reason: it was not handed to user code, try another replica
@@ -40,6 +44,8 @@ CALL: Final = 2
 BODY: Final = 3
 CREDIT: Final = 4
 CANCEL: Final = 5
+CONNECT: Final = 6
+EVENT: Final = 7
 
 RESPONSE: Final = 16
 START: Final = 17
@@ -48,8 +54,13 @@ RESULT: Final = 19
 ERROR: Final = 20
 REFUSED: Final = 21
 GRANT: Final = 22
+PUSH: Final = 23
+END: Final = 24
 
-#: What a `REQUEST`'s head holds, in order.
+#: Messages that begin an exchange.
+OPENING: Final = frozenset({REQUEST, CALL, CONNECT})
+
+#: What a `REQUEST`'s head holds, in order; a `CONNECT`'s has the subprotocols besides.
 HEAD_FIELDS: Final = (
     "method",
     "path",

@@ -1,0 +1,168 @@
+"""One WebSocket in a replica: the app's ``receive`` and ``send``; on its loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Any
+
+from starlette.types import Message, Scope
+
+from daskserve.transport.channel import ReplyTo
+from daskserve.transport.messages import GRANT, HEAD_FIELDS, PUSH
+
+#: As uvicorn's.
+ASGI_VERSIONS = {"version": "3.0", "spec_version": "2.4"}
+
+#: What an app may send next, by what it sent last.
+_NEXT = {
+    "": (
+        "websocket.accept",
+        "websocket.close",
+        "websocket.http.response.start",
+    ),
+    "websocket.accept": ("websocket.send", "websocket.close"),
+    "websocket.send": ("websocket.send", "websocket.close"),
+    "websocket.http.response.start": ("websocket.http.response.body",),
+    "websocket.http.response.body": ("websocket.http.response.body",),
+    "websocket.close": (),
+}
+
+
+class ClientDisconnectedError(OSError):
+    """The app sends to a client that has gone."""
+
+
+class WebSocketExchange:
+    """One WebSocket in a replica.
+
+    Parameters
+    ----------
+    reply_to
+        Where the app's events go.
+    message
+        The ``CONNECT`` message.
+    window_bytes
+        How much may be on its way in each direction.
+    """
+
+    def __init__(
+        self, reply_to: ReplyTo, message: tuple[Any, ...], window_bytes: int
+    ) -> None:
+        self.reply_to = reply_to
+        self.exchange_id: int = message[1]
+        *fields, self._subprotocols = message[3]
+        self.head: dict[str, Any] = dict(zip(HEAD_FIELDS, fields, strict=True))
+        self.task: asyncio.Task[None] | None = None
+        self.disconnected = False
+        self._events: deque[Message] = deque([{"type": "websocket.connect"}])
+        self._sent = ""
+        self._window = window_bytes
+        self._on_the_way = 0
+        self._changed = asyncio.Event()
+        reply_to.send((GRANT, self.exchange_id, window_bytes))
+
+    def scope(self, state: dict[str, Any] | None) -> Scope:
+        """Return the ASGI connection scope, with a copy of the lifespan's `state`."""
+        head = self.head
+        return {
+            "type": "websocket",
+            "asgi": ASGI_VERSIONS,
+            "http_version": head["http_version"],
+            "scheme": head["scheme"],
+            "path": head["path"],
+            "raw_path": head["raw_path"],
+            "query_string": head["query_string"],
+            "root_path": head["root_path"],
+            "headers": list(head["headers"]),
+            "client": head["client"],
+            "server": head["server"],
+            "subprotocols": list(self._subprotocols),
+            "state": {} if state is None else state.copy(),
+            "extensions": {"websocket.http.response": {}},
+        }
+
+    # What comes from the caller.
+
+    def event_arrived(self, event: Message) -> None:
+        """Add what the client sent."""
+        if event["type"] == "websocket.disconnect":
+            self.disconnect(event.get("code", 1005), event.get("reason", ""))
+        else:
+            self._events.append(event)
+            self._changed.set()
+
+    def credit(self, sent_bytes: int) -> None:
+        """Note that so much has been passed on to the client."""
+        self._on_the_way -= sent_bytes
+        self._changed.set()
+
+    def disconnect(self, code: int = 1006, reason: str = "") -> None:
+        """Note that the client, or the way to it, is gone."""
+        if not self.disconnected:
+            self.disconnected = True
+            self._events.append(_disconnect(code, reason))
+            self._changed.set()
+
+    def go_away(self) -> None:
+        """Close with 1001: the replica is about to end."""
+        if self._sent in ("websocket.accept", "websocket.send"):
+            close = {"type": "websocket.close", "code": 1001, "reason": "going away"}
+            self.reply_to.send((PUSH, self.exchange_id, close))
+        self.disconnect(1001, "going away")
+
+    # What the app calls.
+
+    async def receive(self) -> Message:
+        """ASGI ``receive``."""
+        while not self._events:
+            self._changed.clear()
+            await self._changed.wait()
+        event = self._events.popleft()
+        if event["type"] == "websocket.disconnect":
+            self._events.append(event)  # it stays so
+        else:
+            size = event_bytes(event)
+            if size:
+                self.reply_to.send((GRANT, self.exchange_id, size))
+        return event
+
+    async def send(self, event: Message) -> None:
+        """ASGI ``send``."""
+        kind = event["type"]
+        if self.disconnected:
+            raise ClientDisconnectedError("the WebSocket is closed")
+        if kind not in _NEXT[self._sent]:
+            raise RuntimeError(
+                f"Unexpected ASGI message {kind!r} after {self._sent!r}; "
+                f"expected one of {list(_NEXT[self._sent])}."
+            )
+        while self._on_the_way >= self._window and not self.disconnected:
+            self._changed.clear()
+            await self._changed.wait()
+        self._sent = kind
+        self._on_the_way += event_bytes(event)
+        self.reply_to.send((PUSH, self.exchange_id, _plain(event)))
+        if kind == "websocket.close":
+            self.disconnect(event.get("code", 1000), event.get("reason") or "")
+
+
+def event_bytes(event: Message) -> int:
+    """Return the size of an event's payload; of text, its characters."""
+    payload = event.get("bytes") or event.get("text") or event.get("body") or b""
+    return len(payload)
+
+
+def _disconnect(code: int, reason: str) -> Message:
+    return {"type": "websocket.disconnect", "code": code, "reason": reason}
+
+
+def _plain(event: Message) -> Message:
+    """Return an event as msgpack can carry it."""
+    plain = dict(event)
+    if "headers" in plain:
+        plain["headers"] = [(bytes(k), bytes(v)) for k, v in plain["headers"]]
+    for name in ("bytes", "body"):
+        if isinstance(plain.get(name), bytearray | memoryview):
+            plain[name] = bytes(plain[name])
+    return plain
