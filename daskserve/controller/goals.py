@@ -104,7 +104,6 @@ def judge(d: ManagedDeployment, now: float) -> None:
     ready = d.ready(goal)
     if ready >= wanted:
         goal.reached = True
-        goal.forget_failures()
         d.serving = goal
         d.exposed = True
         for replica in d.alive(goal):

@@ -298,25 +298,34 @@ def _make_room(d: ManagedDeployment, former: Goal, crowded: int, this: Pass) -> 
     old, new = d.running(former), d.running(d.target)
     if not new:
         return
+    useful = [r for r in d.alive(former) if _helps(d, former, r.worker, this)]
+    # These hold room and serve nobody yet.
+    idle = [r for r in useful if r.state != ReplicaState.RUNNING]
     going = sum(
         r.generation == former.generation and r.state == ReplicaState.STOPPING
         for r in d.replicas.values()
     )
     missing = d.target.spec.num_replicas - d.ready(d.target)
     number = min(
-        crowded - going,
+        crowded - going - len(idle),
         len(old) + len(new) - former.spec.num_replicas,
         len(old) - (missing > 1),
     )
-    useful = [r for r in old if _helps(d, former, r.worker, this)]
-    for replica in useful[::-1][: max(0, number)]:
+    newest_first = [r for r in reversed(useful) if r.state == ReplicaState.RUNNING]
+    leaving = newest_first[: max(0, number)]
+    if leaving or idle:
         d.target.rolling = True
-        d.stop(replica, this.now)
+        for replica in leaving:
+            d.stop(replica, this.now)
+        _stop_unwanted(d, d.upkeep(), this.now)
 
 
 def _helps(d: ManagedDeployment, former: Goal, worker: str, this: Pass) -> bool:
     """Whether a new replica fits on a worker once the old ones there are gone."""
-    view = this.views[worker]
+    view = this.views.get(worker)
+    if view is None:
+        # A pending one, that is.
+        return False
     spec = d.target.spec
     there = sum(
         r.generation == former.generation and r.worker == worker
