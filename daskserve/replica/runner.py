@@ -1,16 +1,13 @@
-"""User code's loop and threads; in a worker.
+"""One replica: messages from channels in, user code run, answers out; in a worker.
 
-A replica has a thread with a loop for async code and constructors, and one more thread
-for sync callables, which therefore run one at a time, as an actor's methods do. User
-code that blocks either stalls neither Dask's loop, nor the proxy, nor its neighbours.
+A replica has a thread with a loop of its own, so that user code that blocks stalls
+neither Dask's loop, nor the proxy, nor its neighbours.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import inspect
 import logging
 import os
 import traceback
@@ -18,18 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from distributed.threadpoolexecutor import ThreadPoolExecutor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.types import ASGIApp
 
 from daskserve import pickling
-from daskserve.ingress import find_ingress
 from daskserve.replica.actor import ReplicaSpec
-from daskserve.replica.asgi import HttpExchange, Lifespan
+from daskserve.replica.asgi import HttpExchange
 from daskserve.replica.context import ReplicaContext, current_replica
 from daskserve.replica.encode import NotEncodableError, encode
+from daskserve.replica.servable import Servable, UnknownMethodError
 from daskserve.replica.websocket import ClientDisconnectedError, WebSocketExchange
 from daskserve.transport import values
 from daskserve.transport.channel import ReplyTo
@@ -105,24 +100,18 @@ class Runner:
         self._report = report
         self.session = session
         self._thread = LoopThread(f"daskserve-replica-{spec.tag}")
-        self._sync_thread = ThreadPoolExecutor(
-            1, thread_name_prefix=f"daskserve-sync-{spec.tag}"
-        )
         self._inbox: Mailbox[tuple[ReplyTo, Message]] = Mailbox(
             self._thread.loop, self._deliver
         )
         self._http: dict[Key, HttpExchange] = {}
         self._websockets: dict[Key, WebSocketExchange] = {}
         self._calls: dict[Key, HandleCall] = {}
-        #: Sync calls whose callers have gone; their thread cannot be stopped.
-        self._deserted = 0
         self._accepting = False
         self._stopping = False
         self._idle = asyncio.Event()
-        self._servable: Any = None
-        self._app: ASGIApp | None = None
-        self._lifespan: Lifespan | None = None
-        self._answer: Callable[[Request], Any] | None = None
+        self._servable = Servable(
+            spec, lambda: self._thread.call_soon(self._deserted_ended)
+        )
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -133,7 +122,7 @@ class Runner:
     def ongoing(self) -> int:
         """Requests and calls that are in user code now."""
         exchanges = len(self._http) + len(self._websockets) + len(self._calls)
-        return exchanges + self._deserted
+        return exchanges + self._servable.deserted
 
     def start(self) -> None:
         """Start the threads and, on them, the constructor; returns at once."""
@@ -171,7 +160,7 @@ class Runner:
     def close(self, timeout_s: float = 2) -> None:
         """End the threads; user code that blocks keeps them, they are daemons."""
         self._thread.stop(timeout_s)
-        self._sync_thread.shutdown(wait=False)
+        self._servable.close()
 
     # Life: constructor, reconfigure, stop.
 
@@ -179,10 +168,9 @@ class Runner:
         self._report({"event": "initializing", "pid": os.getpid()})
         current_replica.set(self._context(None))
         try:
-            await self._construct()
-            if self.spec.user_config is not None:
-                await self._reconfigure(self.spec.user_config)
-            await self._build_app()
+            await self._servable.construct()
+            current_replica.set(self._context(None))
+            await self._servable.startup()
         except (Exception, SystemExit, KeyboardInterrupt) as err:
             text = "".join(traceback.format_exception(err))
             logger.error("Replica %s failed to start:\n%s", self.spec.tag, text)
@@ -191,47 +179,13 @@ class Runner:
         self._accepting = not self._stopping
         self._report({"event": "started", "pid": os.getpid()})
 
-    async def _construct(self) -> None:
-        target: Any = pickling.loads(self.spec.code)
-        if not isinstance(target, type):
-            self._servable = target
-            return
-        args, kwargs = pickling.loads(self.spec.init)
-        constructor: Any = inspect.getattr_static(target, "__init__")
-        if inspect.iscoroutinefunction(constructor):
-            self._servable = object.__new__(target)
-            await constructor(self._servable, *args, **kwargs)
-        else:
-            self._servable = target(*args, **kwargs)
-        current_replica.set(self._context(None))
-
-    async def _build_app(self) -> None:
-        ingress = find_ingress(type(self._servable))
-        if ingress is None:
-            if callable(self._servable):
-                self._answer = self._plain_callable(self._servable)
-            return
-        self._app = ingress.build(self._servable)
-        self._lifespan = Lifespan(self._app)
-        await self._lifespan.startup()
-
-    async def _reconfigure(self, user_config: bytes | None) -> None:
-        method = getattr(self._servable, "reconfigure", None)
-        if method is None:
-            raise TypeError(
-                f"user_config was given, but deployment {self.spec.deployment!r} has "
-                f"no method reconfigure(self, user_config) to take it."
-            )
-        value = None if user_config is None else pickling.loads(user_config)
-        await self._invoke(method, (value,), {})
-
     async def _reconfigure_and_report(
         self, user_config: bytes | None, generation: int
     ) -> None:
         current_replica.set(self._context(None))
         error = None
         try:
-            await self._reconfigure(user_config)
+            await self._servable.reconfigure(user_config)
         except (Exception, SystemExit, KeyboardInterrupt) as err:
             error = "".join(traceback.format_exception(err))
         self._report(
@@ -255,21 +209,10 @@ class Runner:
                 exchange.task.cancel()
         try:
             async with asyncio.timeout(HOOKS_TIMEOUT_S):
-                await self._run_hooks()
+                await self._servable.shutdown()
         except (Exception, SystemExit, KeyboardInterrupt):
             logger.exception("Replica %s failed to shut down", self.spec.tag)
         self._report({"event": "stopped"})
-
-    async def _run_hooks(self) -> None:
-        try:
-            if self._lifespan is not None:
-                await self._lifespan.shutdown()
-        finally:
-            servable, self._servable = self._servable, None
-            finalizer = getattr(type(servable), "__del__", None)
-            if finalizer is not None:
-                await self._invoke(finalizer, (servable,), {})
-                _disarm(servable)
 
     # Messages.
 
@@ -348,9 +291,10 @@ class Runner:
         request_id = exchange.head["request_id"]
         current_replica.set(self._context(request_id))
         try:
-            if self._app is not None:
-                state = self._lifespan.state if self._lifespan is not None else None
-                await self._app(exchange.scope(state), exchange.receive, exchange.send)
+            servable = self._servable
+            if servable.app is not None:
+                scope = exchange.scope(servable.state)
+                await servable.app(scope, exchange.receive, exchange.send)
             else:
                 await self._serve_plain(exchange)
             if not exchange.response_complete:
@@ -372,14 +316,9 @@ class Runner:
             self._finished()
 
     async def _serve_plain(self, exchange: HttpExchange) -> None:
-        if self._answer is None:
-            raise TypeError(
-                f"Deployment {self.spec.deployment!r} cannot answer HTTP: its class "
-                f"has neither __call__ nor @serve.ingress(app)."
-            )
         scope = exchange.scope(None)
         try:
-            result = await self._answer(Request(scope, exchange.receive))
+            result = await self._servable.answer(Request(scope, exchange.receive))
         except HTTPException as err:
             result = _http_exception_response(err)
         encoded = encode(result)
@@ -395,15 +334,6 @@ class Runner:
         await exchange.send(start)
         await exchange.send({"type": "http.response.body", "body": body})
 
-    def _plain_callable(self, function: Callable[..., Any]) -> Callable[[Request], Any]:
-        takes_request = _takes_arguments(function)
-
-        async def answer(request: Request) -> Any:
-            args = (request,) if takes_request else ()
-            return await self._invoke(function, args, {})
-
-        return answer
-
     def _send_error(
         self, exchange: HttpExchange, kind: str, error: BaseException
     ) -> None:
@@ -418,11 +348,12 @@ class Runner:
         current_replica.set(self._context(request_id))
         reply: Message = (END, exchange.exchange_id)
         try:
-            if self._app is None:
+            servable = self._servable
+            if servable.app is None:
                 await exchange.send({"type": "websocket.close"})  # a 403
             else:
-                state = self._lifespan.state if self._lifespan is not None else None
-                await self._app(exchange.scope(state), exchange.receive, exchange.send)
+                scope = exchange.scope(servable.state)
+                await servable.app(scope, exchange.receive, exchange.send)
         except asyncio.CancelledError:
             _cancel_children()
         except ClientDisconnectedError:
@@ -452,16 +383,13 @@ class Runner:
         try:
             fetched = await self.session.gather(future_keys) if future_keys else {}
             args, kwargs = values.loads_arguments(arguments, fetched)
-            method = self._method(method_name)
-            if not _takes_arguments(method):
-                args, kwargs = (), {}
-            result = await self._invoke(method, args, kwargs)
+            result = await self._servable.call(method_name, args, kwargs)
             what = f"the result of {self.spec.deployment}.{method_name}()"
             reply = (RESULT, exchange_id, pickling.dumps(result, what=what))
             reply_to.send(reply)
         except asyncio.CancelledError:
             _cancel_children()  # whoever cancelled told the caller, or was the caller
-        except _UnknownMethodError as err:
+        except UnknownMethodError as err:
             reply_to.send(_error_message(exchange_id, UNKNOWN_METHOD, err))
         except (Exception, SystemExit, KeyboardInterrupt) as err:
             reply_to.send(_error_message(exchange_id, USER_ERROR, err))
@@ -469,80 +397,15 @@ class Runner:
             del self._calls[key]
             self._finished()
 
-    def _method(self, name: str) -> Callable[..., Any]:
-        servable = self._servable
-        if inspect.isfunction(servable) and name == "__call__":
-            return servable
-        if not inspect.isfunction(servable) and hasattr(servable, name):
-            method: Callable[..., Any] = getattr(servable, name)
-            if callable(method):
-                return method
-        there_are = [
-            attribute
-            for attribute in dir(servable)
-            if (attribute == "__call__" or not attribute.startswith("_"))
-            and callable(getattr(servable, attribute, None))
-        ]
-        if inspect.isfunction(servable):
-            there_are = ["__call__"]
-        raise _UnknownMethodError(
-            f"Deployment {self.spec.deployment!r} has no method {name!r}; "
-            f"it has {there_are}."
-        )
-
-    # User code.
-
-    async def _invoke(
-        self,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Call user code, sync code on its thread, and await what it returns."""
-        if _is_async(function):
-            return await function(*args, **kwargs)
-        if inspect.isgeneratorfunction(inspect.unwrap(_bare(function))):
-            return function(*args, **kwargs)  # its body runs when it is iterated
-        result = await self._run_sync(functools.partial(function, *args, **kwargs))
-        return await result if inspect.isawaitable(result) else result
-
-    async def _run_sync(self, call: Callable[[], Any]) -> Any:
-        context = current_replica.get()
-
-        def run() -> Any:
-            token = current_replica.set(context)
-            try:
-                return call()
-            except StopIteration as err:  # a future cannot hold one
-                raise RuntimeError("user code raised StopIteration") from err
-            finally:
-                current_replica.reset(token)
-
-        job = self._sync_thread.submit(run)
-        try:
-            return await asyncio.wrap_future(job)
-        except asyncio.CancelledError:
-            if not job.cancel() and not job.done():
-                # It runs on: count it, so that max_ongoing_requests stays true.
-                self._deserted += 1
-                job.add_done_callback(
-                    lambda _: self._thread.call_soon(self._deserted_ended)
-                )
-            raise
-
     def _deserted_ended(self) -> None:
-        self._deserted -= 1
+        self._servable.deserted -= 1
         self._finished()
 
     def _context(self, request_id: str | None) -> ReplicaContext:
         spec = self.spec
         return ReplicaContext(
-            spec.deployment, spec.tag, self._servable, request_id, self
+            spec.deployment, spec.tag, self._servable.object, request_id, self
         )
-
-
-class _UnknownMethodError(AttributeError):
-    """A handle asked for a method that is not there."""
 
 
 def _cancel_children() -> None:
@@ -550,36 +413,6 @@ def _cancel_children() -> None:
     assert context is not None
     for answer in list(context._children):
         answer.cancel()
-
-
-def _bare(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function behind a bound method, a partial or an instance."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    if inspect.isroutine(function) or isinstance(function, type):
-        return function
-    call: Callable[..., Any] = type(function).__call__
-    return call
-
-
-def _is_async(function: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(_bare(function))
-
-
-@functools.lru_cache(maxsize=1024)
-def _function_takes_arguments(function: Callable[..., Any], bound: bool) -> bool:
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # a builtin without a signature
-        return True
-    return len(parameters) > int(bound)
-
-
-def _takes_arguments(function: Callable[..., Any]) -> bool:
-    if inspect.ismethod(function):
-        return _function_takes_arguments(function.__func__, True)
-    bare = _bare(function)
-    return _function_takes_arguments(bare, bare is not function)
 
 
 def _error_message(exchange_id: int, kind: str, error: BaseException) -> Message:
@@ -591,11 +424,3 @@ def _http_exception_response(error: HTTPException) -> Response:
         return Response(status_code=error.status_code, headers=error.headers)
     make = PlainTextResponse if isinstance(error.detail, str) else JSONResponse
     return make(error.detail, status_code=error.status_code, headers=error.headers)
-
-
-def _disarm(servable: Any) -> None:
-    """Keep the garbage collector from calling ``__del__`` a second time."""
-    cls = type(servable)
-    quiet = type(cls.__name__, (cls,), {"__slots__": (), "__del__": lambda self: None})
-    with contextlib.suppress(TypeError):  # a layout that cannot be swapped
-        servable.__class__ = quiet

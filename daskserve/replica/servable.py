@@ -1,0 +1,225 @@
+"""The user's object in a replica: made, called, reconfigured and ended.
+
+Runs on the replica's loop. Sync callables run on one more thread, and so one at a time,
+as an actor's methods do; constructors run on the loop, where they find it running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from distributed.threadpoolexecutor import ThreadPoolExecutor
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+from daskserve import pickling
+from daskserve.ingress import find_ingress
+from daskserve.replica.actor import ReplicaSpec
+from daskserve.replica.asgi import Lifespan
+
+
+class UnknownMethodError(AttributeError):
+    """A handle asked for a method that is not there."""
+
+
+class Servable:
+    """The instance of a deployment's class, or its function.
+
+    Parameters
+    ----------
+    spec
+        What to make it of.
+    deserted_ended
+        Called, on any thread, when a sync call ends that nobody waited for any more.
+    """
+
+    def __init__(self, spec: ReplicaSpec, deserted_ended: Callable[[], None]) -> None:
+        self.object: Any = None
+        #: The ASGI app, if the class has an ingress.
+        self.app: ASGIApp | None = None
+        #: Sync calls whose callers have gone; their thread cannot be stopped.
+        self.deserted = 0
+        self._spec = spec
+        self._deserted_ended = deserted_ended
+        self._lifespan: Lifespan | None = None
+        self._takes_arguments: dict[str, bool] = {}
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix=f"daskserve-sync-{spec.tag}"
+        )
+
+    @property
+    def state(self) -> dict[str, Any] | None:
+        """What the app's lifespan left for its requests."""
+        return None if self._lifespan is None else self._lifespan.state
+
+    # Life.
+
+    async def construct(self) -> None:
+        """Unpickle the class and make its instance, or unpickle the function."""
+        target: Any = pickling.loads(self._spec.code)
+        if not isinstance(target, type):
+            self.object = target
+            return
+        args, kwargs = pickling.loads(self._spec.init)
+        constructor: Any = inspect.getattr_static(target, "__init__")
+        if inspect.iscoroutinefunction(constructor):
+            self.object = object.__new__(target)
+            await constructor(self.object, *args, **kwargs)
+        else:
+            self.object = target(*args, **kwargs)
+
+    async def startup(self) -> None:
+        """Apply the first ``user_config``; build the app and run its startup hooks."""
+        if self._spec.user_config is not None:
+            await self.reconfigure(self._spec.user_config)
+        ingress = find_ingress(type(self.object))
+        if ingress is not None:
+            self.app = ingress.build(self.object)
+            self._lifespan = Lifespan(self.app)
+            await self._lifespan.startup()
+
+    async def reconfigure(self, user_config: bytes | None) -> None:
+        """Call the user's ``reconfigure``; None if there is no config any more."""
+        method = getattr(self.object, "reconfigure", None)
+        if method is None:
+            raise TypeError(
+                f"user_config was given, but deployment {self._spec.deployment!r} has "
+                f"no method reconfigure(self, user_config) to take it."
+            )
+        value = None if user_config is None else pickling.loads(user_config)
+        await self._invoke(method, (value,), {})
+
+    async def shutdown(self) -> None:
+        """Run the app's shutdown hooks, then ``__del__``, sync or async, once."""
+        try:
+            if self._lifespan is not None:
+                await self._lifespan.shutdown()
+        finally:
+            servable, self.object = self.object, None
+            finalizer = getattr(type(servable), "__del__", None)
+            if finalizer is not None:
+                await self._invoke(finalizer, (servable,), {})
+                _disarm(servable)
+
+    def close(self) -> None:
+        """End the thread, once it is free."""
+        self._thread.shutdown(wait=False)
+
+    # Calls.
+
+    async def answer(self, request: Request) -> Any:
+        """Answer an HTTP request by ``__call__``, which may take it or nothing."""
+        if not callable(self.object):
+            raise TypeError(
+                f"Deployment {self._spec.deployment!r} cannot answer HTTP: its class "
+                f"has neither __call__ nor @serve.ingress(app)."
+            )
+        return await self.call("__call__", (request,), {})
+
+    async def call(
+        self, method_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call a method by name; one that takes nothing is called with nothing.
+
+        Raises
+        ------
+        UnknownMethodError
+            There is none of this name; the text lists those there are.
+        """
+        method = self._method(method_name)
+        takes = self._takes_arguments.get(method_name)
+        if takes is None:
+            takes = self._takes_arguments[method_name] = _takes_arguments(method)
+        if not takes:
+            args, kwargs = (), {}
+        return await self._invoke(method, args, kwargs)
+
+    def _method(self, name: str) -> Callable[..., Any]:
+        if name == "__call__" and callable(self.object):
+            function: Callable[..., Any] = self.object
+            return function
+        is_function = inspect.isroutine(self.object)
+        method = None if is_function else getattr(self.object, name, None)
+        if callable(method):
+            found: Callable[..., Any] = method
+            return found
+        there_are = [] if is_function else _public_methods(self.object)
+        if callable(self.object):
+            there_are.insert(0, "__call__")
+        raise UnknownMethodError(
+            f"Deployment {self._spec.deployment!r} has no method {name!r}; "
+            f"it has {there_are}."
+        )
+
+    async def _invoke(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call user code, sync code on its thread, and await what it returns."""
+        bare = _bare(function)
+        if inspect.iscoroutinefunction(bare):
+            return await function(*args, **kwargs)
+        if inspect.isgeneratorfunction(inspect.unwrap(bare)):
+            return function(*args, **kwargs)  # its body runs when it is iterated
+        result = await self._run_sync(functools.partial(function, *args, **kwargs))
+        return await result if inspect.isawaitable(result) else result
+
+    async def _run_sync(self, call: Callable[[], Any]) -> Any:
+        context = contextvars.copy_context()
+
+        def run() -> Any:
+            try:
+                return context.run(call)
+            except StopIteration as err:  # a future cannot hold one
+                raise RuntimeError("user code raised StopIteration") from err
+
+        job = self._thread.submit(run)
+        try:
+            return await asyncio.wrap_future(job)
+        except asyncio.CancelledError:
+            if not job.cancel() and not job.done():
+                # It runs on: count it, so that max_ongoing_requests stays true.
+                self.deserted += 1
+                job.add_done_callback(lambda _: self._deserted_ended())
+            raise
+
+
+def _bare(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function behind a bound method, a partial or an instance."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if inspect.isroutine(function) or isinstance(function, type):
+        return function
+    call: Callable[..., Any] = type(function).__call__
+    return call
+
+
+def _takes_arguments(function: Callable[..., Any]) -> bool:
+    try:
+        return bool(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # a builtin without a signature
+        return True
+
+
+def _public_methods(servable: object) -> list[str]:
+    return [
+        name
+        for name in dir(servable)
+        if not name.startswith("_") and callable(getattr(servable, name, None))
+    ]
+
+
+def _disarm(servable: Any) -> None:
+    """Keep the garbage collector from calling ``__del__`` a second time."""
+    cls = type(servable)
+    quiet = type(cls.__name__, (cls,), {"__slots__": (), "__del__": lambda self: None})
+    with contextlib.suppress(TypeError):  # a layout that cannot be swapped
+        servable.__class__ = quiet
