@@ -14,7 +14,8 @@ import uvicorn
 
 from daskserve.config import HTTPOptions
 from daskserve.exceptions import ProxyStartError
-from daskserve.proxy.app import Forwarder, build_app
+from daskserve.proxy.forwarder import Forwarder
+from daskserve.proxy.front import wrap
 from daskserve.transport.dispatcher import Dispatcher
 
 BACKLOG = 2048
@@ -113,7 +114,7 @@ class HTTPServer:
         options = self._options
         password = options.ssl_keyfile_password
         return uvicorn.Config(
-            build_app(self._forwarder, options),
+            wrap(self._forwarder, options),
             interface="asgi3",
             lifespan="off",
             log_config=None,

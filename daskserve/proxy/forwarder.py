@@ -1,0 +1,270 @@
+"""The innermost part of a proxy: match the route, pick a replica, forward, answer."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+import orjson
+from starlette.types import Receive, Scope, Send
+
+from daskserve.config import HTTPOptions
+from daskserve.exceptions import ReplicaDiedError, RequestError, RequestTooLargeError
+from daskserve.proxy.client_watch import ClientGoneError, ClientWatch
+from daskserve.proxy.request import SCOPE_KEY, CutError, RequestInfo, origin, respond
+from daskserve.proxy.routes import RouteTable
+from daskserve.proxy.websocket import WebSocketRelay
+from daskserve.transport.dispatcher import Call, Dispatcher
+from daskserve.transport.messages import (
+    CHUNK,
+    CREDIT,
+    CUT,
+    ERROR,
+    REQUEST,
+    RESPONSE,
+    START,
+    STOPPED,
+)
+
+logger = logging.getLogger(__name__)
+
+#: Methods that a client may be sure can be sent twice (RFC 9110, 9.2.2).
+IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
+#: A body up to this size is read before a replica's place is taken.
+EAGER_BODY_BYTES = 64 * 1024
+#: Credit is given back in steps of this many bytes.
+CREDIT_STEP_BYTES = 128 * 1024
+#: Peers that are believed what they say in ``X-Forwarded-Prefix``; as uvicorn does for
+#: the other such headers. A Unix socket's peers have no address.
+TRUSTED_PEERS = frozenset({"127.0.0.1", "::1", ""})
+
+_PREFIX = re.compile(rb"(/[^/\s?#%\\]+)+")
+
+
+class Forwarder:
+    """Match the route, pick a replica, forward, answer.
+
+    Parameters
+    ----------
+    dispatcher
+        The process's way to the replicas.
+    options
+        The instance's HTTP options.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, options: HTTPOptions) -> None:
+        self.draining = False
+        self._dispatcher = dispatcher
+        self._options = options
+        self._table = RouteTable({})
+
+    def set_routes(self, routes: dict[str, str]) -> None:
+        """Take a new routing table."""
+        self._table = RouteTable(routes)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        info: RequestInfo = scope[SCOPE_KEY]
+        root_path = self._root_path_of(scope, info)
+        path, match = self._locate(scope["path"], root_path)
+        websocket = scope["type"] == "websocket"
+        if path.startswith("/-/") and not websocket:
+            return await self._serve_own(path, scope, send)
+        if match is None and websocket:
+            await receive()
+            return await send({"type": "websocket.close"})  # before accept: a 403
+        if match is None:
+            return await self._not_found(path, scope, send)
+        info.prefix, info.deployment = match
+        head = _head(scope, root_path, path, info)
+        timeout_s = self._timeout_s(info)
+        if websocket:
+            relay = WebSocketRelay(self._dispatcher, info.deployment, timeout_s)
+            return await relay.run(head, scope, receive, send)
+        try:
+            await self._forward(head, timeout_s, info, receive, send)
+        except ClientGoneError:
+            raise
+        except RequestError as err:
+            await self._respond_error(send, info, err)
+
+    def _root_path_of(self, scope: Scope, info: RequestInfo) -> str:
+        """Return what a proxy in front has stripped from the path."""
+        forwarded = info.headers.get(b"x-forwarded-prefix")
+        if forwarded is not None:
+            client = scope["client"]
+            trusted = (client[0] if client else "") in TRUSTED_PEERS
+            prefix = forwarded.rstrip(b"/")
+            if trusted and _PREFIX.fullmatch(prefix):
+                return prefix.decode("latin-1")
+        return self._options.root_path
+
+    def _locate(self, path: str, root_path: str) -> tuple[str, tuple[str, str] | None]:
+        """Return the path without root path, and ``(prefix, deployment)`` of it."""
+        match = self._table.match(path)
+        if root_path and path.startswith(root_path + "/"):
+            # Perhaps the proxy in front has not stripped it.
+            if match is None or match[0] == "/":
+                path = path[len(root_path) :]
+                match = self._table.match(path)
+        return path, match
+
+    async def _not_found(self, path: str, scope: Scope, send: Send) -> None:
+        routes = f"{origin(scope, scope[SCOPE_KEY])}/-/routes"
+        text = f"Path '{path}' not found. Please ping {routes} for route table."
+        await respond(send, 404, text)
+
+    async def _serve_own(self, path: str, scope: Scope, send: Send) -> None:
+        """Answer the paths that are the proxy's own."""
+        if scope["method"] not in ("GET", "HEAD"):
+            return await respond(send, 405, "Method Not Allowed", (b"allow", b"GET"))
+        if path == "/-/routes":
+            body = orjson.dumps(self._table.routes)
+            return await respond(send, 200, body, content_type=b"application/json")
+        if path == "/-/healthz":
+            if self.draining:
+                return await respond(send, 503, "This proxy is draining.")
+            if self._dispatcher.version < 0:
+                return await respond(send, 503, "The route table is not here yet.")
+            return await respond(send, 200, "success")
+        await self._not_found(path, scope, send)
+
+    async def _forward(
+        self,
+        head: tuple[Any, ...],
+        timeout_s: float | None,
+        info: RequestInfo,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        call = Call(self._dispatcher, info.deployment)
+        watch = ClientWatch(
+            call,
+            receive,
+            timeout_s=timeout_s,
+            max_body_bytes=self._options.max_request_body_bytes,
+            deployment=info.deployment,
+        )
+        try:
+            watch.check_length(info.headers.get(b"content-length"))
+            body, more_body = await watch.read_eagerly(EAGER_BODY_BYTES)
+
+            def make(exchange_id: int, replica_id: int) -> tuple[Any, ...]:
+                return REQUEST, exchange_id, replica_id, head, body, more_body
+
+            watch.start(more_body)
+            retry = not more_body and head[0] in IDEMPOTENT
+            message = await call.first(make, retry_lost=retry)
+            watch.response_began()
+            await self._answer(call, message, send, watch)
+        except BaseException:
+            call.cancel()
+            raise
+        finally:
+            watch.stop()
+            call.finish()
+
+    async def _answer(
+        self,
+        call: Call,
+        message: tuple[Any, ...],
+        send: Send,
+        watch: ClientWatch,
+    ) -> None:
+        op = message[0]
+        if op == RESPONSE:
+            await _send_start(send, message[2], message[3], watch)
+            await send({"type": "http.response.body", "body": message[4]})
+        elif op == START:
+            await _send_start(send, message[2], message[3], watch)
+            await self._stream(call, send)
+        elif op == ERROR and message[2] == STOPPED:
+            raise ReplicaDiedError(message[4])
+        elif op == ERROR:
+            text = message[5] if self._options.debug else "Internal Server Error"
+            await respond(send, 500, text)
+        else:  # pragma: no cover
+            raise AssertionError(f"unexpected message {op} from a replica")
+
+    async def _stream(self, call: Call, send: Send) -> None:
+        owed = 0
+        more_body = True
+        while more_body:
+            try:
+                message = await call.next()
+            except ClientGoneError:
+                raise
+            except RequestError as err:
+                raise CutError(str(err)) from err
+            if message[0] != CHUNK:
+                assert message[0] == ERROR and message[2] in (CUT, STOPPED)
+                raise CutError(message[4])
+            _, _, data, more_body = message
+            await send(
+                {"type": "http.response.body", "body": data, "more_body": more_body}
+            )
+            owed += len(data)
+            if owed >= CREDIT_STEP_BYTES and more_body:
+                call.send(CREDIT, owed)
+                owed = 0
+
+    def _timeout_s(self, info: RequestInfo) -> float | None:
+        limit = self._options.request_timeout_s
+        group = self._dispatcher.groups.get(info.deployment)
+        if group is not None and group.timeout_s is not None:
+            limit = group.timeout_s
+        asked = info.headers.get(b"x-request-timeout-seconds")
+        if asked is not None:
+            try:
+                seconds = float(asked)
+            except ValueError:
+                return limit
+            if seconds > 0 and (limit is None or seconds < limit):
+                return seconds
+        return limit
+
+    async def _respond_error(
+        self, send: Send, info: RequestInfo, error: RequestError
+    ) -> None:
+        logger.info("Request %s: %s", info.request_id, error)
+        extra: list[tuple[bytes, bytes]] = []
+        if error.status_code == 503:
+            extra.append((b"retry-after", b"1"))
+        if isinstance(error, RequestTooLargeError):
+            extra.append((b"connection", b"close"))  # the rest is not read
+        text = str(error) or type(error).__name__
+        await respond(send, error.status_code, text, *extra)
+
+
+async def _send_start(
+    send: Send, status: int, headers: Any, watch: ClientWatch
+) -> None:
+    headers = list(headers)
+    if watch.body_unread:  # uvicorn would wait for the rest of it
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+
+
+def _head(
+    scope: Scope, root_path: str, path: str, info: RequestInfo
+) -> tuple[Any, ...]:
+    """Return `messages.HEAD_FIELDS` of a request; `path` is without root path."""
+    raw_path: bytes = scope.get("raw_path") or path.encode()
+    if root_path:
+        if path == scope["path"]:  # the root path was stripped on the way
+            raw_path = root_path.encode() + raw_path
+        path = root_path + path
+    return (
+        scope.get("method", "GET"),
+        path,
+        raw_path,
+        scope["query_string"],
+        scope["headers"],
+        scope["http_version"],
+        scope["scheme"],
+        scope["client"],
+        scope["server"],
+        root_path + ("" if info.prefix == "/" else info.prefix),
+        info.request_id,
+    )

@@ -1,0 +1,121 @@
+"""The outermost part of a proxy: request ids, the token, the access log."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from daskserve.config import HTTPOptions
+from daskserve.exceptions import RequestError
+from daskserve.proxy.client_watch import ClientGoneError
+from daskserve.proxy.request import SCOPE_KEY, CutError, RequestInfo, respond
+from daskserve.proxy.websocket import refuse
+
+logger = logging.getLogger(__name__)
+access_logger = logging.getLogger("daskserve.access")
+
+
+def wrap(app: ASGIApp, options: HTTPOptions) -> ASGIApp:
+    """Put the instance's middlewares, and around them a `Front`, around `app`."""
+    for middleware in reversed(options.middlewares):
+        app = middleware.cls(app, *middleware.args, **middleware.kwargs)
+    return Front(app, options)
+
+
+class Front:
+    """Wraps everything, errors and the middlewares' own responses included.
+
+    Parameters
+    ----------
+    app
+        The middlewares and the forwarder in them.
+    options
+        The instance's HTTP options.
+    """
+
+    def __init__(self, app: ASGIApp, options: HTTPOptions) -> None:
+        self._app = app
+        self._token: bytes | None = None
+        if options.token is not None:
+            self._token = b"Bearer " + options.token.get_secret_value().encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        info = scope[SCOPE_KEY] = RequestInfo(scope)
+        serve = self._http if scope["type"] == "http" else self._websocket
+        try:
+            await serve(scope, receive, send, info)
+        finally:
+            if access_logger.isEnabledFor(logging.INFO):
+                _log_access(scope.get("method", "WEBSOCKET"), info)
+
+    async def _http(
+        self, scope: Scope, receive: Receive, send: Send, info: RequestInfo
+    ) -> None:
+        header = (b"x-request-id", info.request_id.encode())
+
+        async def send_with_id(event: Message) -> None:
+            if event["type"] == "http.response.start":
+                info.status = event["status"]
+                event["headers"] = [*event.get("headers", ()), header]
+            await send(event)
+
+        try:
+            if not self._authorized(scope, info):
+                challenge = (b"www-authenticate", b"Bearer")
+                await respond(send_with_id, 401, "Unauthorized", challenge)
+            else:
+                await self._app(scope, receive, send_with_id)
+        except ClientGoneError:
+            info.status = 499
+        except CutError as err:
+            # uvicorn closes the connection of an app that returns in mid-response.
+            logger.warning("Request %s was cut: %s", info.request_id, err)
+        except Exception:
+            # A middleware of the user's, or a response that the server refuses.
+            logger.exception("Request %s failed in the proxy", info.request_id)
+            if not info.status:
+                await respond(send_with_id, 500, "Internal Server Error")
+
+    async def _websocket(
+        self, scope: Scope, receive: Receive, send: Send, info: RequestInfo
+    ) -> None:
+        header = (b"x-request-id", info.request_id.encode())
+
+        async def send_with_id(event: Message) -> None:
+            if not info.status:  # accept, response or close: the handshake's end
+                accepted = event["type"] == "websocket.accept"
+                info.status = 101 if accepted else event.get("status", 403)
+                event["headers"] = [*event.get("headers", ()), header]
+            await send(event)
+
+        try:
+            if not self._authorized(scope, info):
+                await refuse(send_with_id, 401, "Unauthorized")
+            else:
+                await self._app(scope, receive, send_with_id)
+        except RequestError as err:
+            logger.info("WebSocket %s: %s", info.request_id, err)
+            text = str(err) or type(err).__name__
+            await refuse(send_with_id, err.status_code, text)
+
+    def _authorized(self, scope: Scope, info: RequestInfo) -> bool:
+        if self._token is None or scope["path"] == "/-/healthz":
+            return True
+        given = info.headers.get(b"authorization", b"")
+        return hmac.compare_digest(given, self._token)
+
+
+def _log_access(method: str, info: RequestInfo) -> None:
+    access_logger.info(
+        "%s %s %d %.1fms request_id=%s deployment=%s",
+        method,
+        info.prefix or "-",
+        info.status,
+        (time.perf_counter() - info.started) * 1e3,
+        info.request_id,
+        info.deployment or "-",
+    )
