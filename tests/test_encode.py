@@ -56,6 +56,10 @@ def test_plain_bodies(result: Any, expected: tuple[bytes, bytes]) -> None:
         (True, True),
         ((1, 2), [1, 2]),
         ({1: "a"}, {"1": "a"}),
+        (
+            {"n": 2**70, "id": ID, "at": NOW},
+            {"n": 2**70, "id": str(ID), "at": NOW.isoformat()},
+        ),
         ({"s": {3}}, {"s": [3]}),
         (np.arange(3), [0, 1, 2]),
         (np.float32(1.5), 1.5),
@@ -96,7 +100,9 @@ class Strange:
     pass
 
 
-@pytest.mark.parametrize("result", [Strange(), {"a": [Strange()]}, object])
+@pytest.mark.parametrize(
+    "result", [Strange(), {"a": [Strange()]}, object, {"n": 2**70, "a": Strange()}]
+)
 def test_what_cannot_be_expressed_is_named(result: Any) -> None:
     with pytest.raises(NotEncodableError, match="cannot be expressed in JSON") as info:
         encode(result)

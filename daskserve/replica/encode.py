@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -62,9 +64,28 @@ def to_json(value: Any) -> bytes:
         return orjson.dumps(value, default=_plain, option=_OPTIONS)
     except TypeError as err:  # orjson.JSONEncodeError is one
         cause = err.__cause__ or err
+        if "64-bit" in str(cause):
+            return _to_json_with_large_integers(value)
         raise NotEncodableError(
             f"a result of type {_name(value)} cannot be expressed in JSON: {cause}"
         ) from err
+
+
+def _to_json_with_large_integers(value: Any) -> bytes:
+    """Do with the standard library what orjson refuses; it is slow and rare."""
+    try:
+        text = json.dumps(
+            value,
+            default=_plain,
+            allow_nan=False,
+            ensure_ascii=False,
+            separators=(",", ":"),
+        )
+    except (TypeError, ValueError) as err:
+        raise NotEncodableError(
+            f"a result of type {_name(value)} cannot be expressed in JSON: {err}"
+        ) from err
+    return text.encode()
 
 
 def _plain(value: Any) -> Any:
@@ -78,8 +99,10 @@ def _plain(value: Any) -> Any:
         return value.tolist()
     if hasattr(value, "isoformat"):
         return value.isoformat()
-    if isinstance(value, set | frozenset | tuple):
+    if isinstance(value, set | frozenset):
         return list(value)
+    if isinstance(value, uuid.UUID):
+        return str(value)
     if isinstance(value, bytes):
         return value.decode()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
