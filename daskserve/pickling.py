@@ -25,6 +25,8 @@ from starlette.datastructures import State
 from daskserve.exceptions import PicklingError
 
 _PROTOCOL = 5
+#: Set in code that was compiled with ``from __future__ import annotations``.
+_FUTURE_ANNOTATIONS = 0x1000000
 _LOCK_FACTORIES: dict[type, Callable[[], object]] = {
     type(threading.Lock()): threading.Lock,
     type(threading.RLock()): threading.RLock,
@@ -74,12 +76,31 @@ class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc, unused-ignore]
 
 
 def _names_in_annotations(function: FunctionType) -> Iterator[str]:
-    for annotation in function.__annotations__.values():
+    annotations = [*function.__annotations__.values()]
+    if function.__code__.co_flags & _FUTURE_ANNOTATIONS:
+        annotations += _inner_annotations(function.__code__)
+    for annotation in annotations:
         if isinstance(annotation, str):
             with contextlib.suppress(SyntaxError):
                 for node in ast.walk(ast.parse(annotation, mode="eval")):
                     if isinstance(node, ast.Name):
                         yield node.id
+
+
+def _inner_annotations(code: CodeType) -> Iterator[str]:
+    """Yield the string annotations of functions and classes defined in `code`.
+
+    The compiler leaves those of a function as one tuple of names and strings, and those
+    of a class as strings in the code of its body.
+    """
+    in_class_body = "__annotations__" in code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _inner_annotations(constant)
+        elif isinstance(constant, tuple):
+            yield from (part for part in constant if isinstance(part, str))
+        elif in_class_body and isinstance(constant, str):
+            yield constant
 
 
 def _fill(obj: object, attributes: dict[str, object]) -> None:

@@ -272,7 +272,7 @@ class WorkerSession(Session):
         """
 
         async def fetch() -> list[Any]:
-            client = self.worker._get_client()
+            client = await self.worker._get_client()  # it may not have started yet
             futures: list[Any] = [Future(cast("Any", key), client) for key in keys]
             values: list[Any] = await client.gather(futures, asynchronous=True)
             return values

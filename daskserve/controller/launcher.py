@@ -138,12 +138,12 @@ def _client_security(scheduler: Scheduler) -> Security:
     """
     security: Security = scheduler.security
     tls = security.get_tls_config_for_role("scheduler")
-    if tls.get("tls_cert") is None:
+    if tls.get("cert") is None:
         return security
     return Security(
         require_encryption=security.require_encryption,
-        tls_ca_file=tls["tls_ca_file"],
-        tls_client_cert=tls["tls_cert"],
-        tls_client_key=tls["tls_key"],
-        tls_ciphers=tls.get("tls_ciphers"),
+        tls_ca_file=tls["ca_file"],
+        tls_client_cert=tls["cert"],
+        tls_client_key=tls["key"],
+        tls_ciphers=tls["ciphers"],
     )

@@ -11,6 +11,7 @@ import asyncio
 from starlette.types import Receive
 
 from daskserve.exceptions import RequestError, RequestTooLargeError
+from daskserve.proxy.request import RequestInfo
 from daskserve.transport.dispatcher import Call, timeout_error
 from daskserve.transport.messages import BODY, MAX_CHUNK_BYTES
 
@@ -37,8 +38,8 @@ class ClientWatch:
         Time until the response has to begin, from now; None for no limit.
     max_body_bytes
         Limit of the request's body; None for no limit.
-    deployment
-        Name, for errors.
+    info
+        The request's; its `body_unread` is kept up to date.
     """
 
     def __init__(
@@ -48,13 +49,13 @@ class ClientWatch:
         *,
         timeout_s: float | None,
         max_body_bytes: int | None,
-        deployment: str,
+        info: RequestInfo,
     ) -> None:
         self._call = call
         self._receive = receive
         self._timeout_s = timeout_s
         self._max_body_bytes = max_body_bytes
-        self._deployment = deployment
+        self._info = info
         self._loop = asyncio.get_running_loop()
         self._deadline = None if timeout_s is None else self._loop.time() + timeout_s
         self._timer: asyncio.TimerHandle | None = None
@@ -62,14 +63,12 @@ class ClientWatch:
         self._body_bytes = 0
         self._granted = 0
         self._room: asyncio.Event | None = None
-        #: Whether a part of the request's body has not come yet.
-        self.body_unread = False
 
     def check_length(self, content_length: bytes | None) -> None:
         """Refuse a body that is announced as too large, before any of it is read."""
         if content_length is not None and self._max_body_bytes is not None:
             if content_length.isdigit() and int(content_length) > self._max_body_bytes:
-                self.body_unread = True
+                self._info.body_unread = True
                 raise self._too_large()
 
     async def read_eagerly(self, enough_bytes: int) -> tuple[bytes, bool]:
@@ -84,7 +83,7 @@ class ClientWatch:
         body, more = event.get("body", b""), event.get("more_body", False)
         self._count(body)
         if more and len(body) < enough_bytes:
-            self.body_unread = True
+            self._info.body_unread = True
             parts, size = [body], len(body)
             try:
                 async with asyncio.timeout_at(self._deadline):
@@ -94,9 +93,9 @@ class ClientWatch:
                         size += len(part)
             except TimeoutError:
                 assert self._timeout_s is not None
-                raise timeout_error(self._deployment, self._timeout_s) from None
+                raise timeout_error(self._info.deployment, self._timeout_s) from None
             body = b"".join(parts)
-        self.body_unread = more
+        self._info.body_unread = more
         return body, more
 
     def start(self, more_body: bool) -> None:
@@ -131,11 +130,11 @@ class ClientWatch:
 
     def _time_up(self) -> None:
         assert self._timeout_s is not None
-        self._call.abort(timeout_error(self._deployment, self._timeout_s))
+        self._call.abort(timeout_error(self._info.deployment, self._timeout_s))
 
     async def _run(self) -> None:
         try:
-            while self.body_unread:
+            while self._info.body_unread:
                 part, more = await self._next_part()
                 for i in range(0, len(part) or 1, MAX_CHUNK_BYTES):
                     chunk = part[i : i + MAX_CHUNK_BYTES]
@@ -143,7 +142,7 @@ class ClientWatch:
                     self._granted -= len(chunk)
                     last = i + MAX_CHUNK_BYTES >= len(part)
                     self._call.send(BODY, chunk, more or not last)
-                self.body_unread = more
+                self._info.body_unread = more
             while (await self._receive())["type"] != "http.disconnect":
                 pass
             raise ClientGoneError

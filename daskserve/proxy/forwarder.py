@@ -10,7 +10,7 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from daskserve.config import HTTPOptions
-from daskserve.exceptions import ReplicaDiedError, RequestError, RequestTooLargeError
+from daskserve.exceptions import ReplicaDiedError, RequestError
 from daskserve.proxy.client_watch import ClientGoneError, ClientWatch
 from daskserve.proxy.request import SCOPE_KEY, CutError, RequestInfo, origin, respond
 from daskserve.proxy.routes import RouteTable
@@ -144,7 +144,7 @@ class Forwarder:
             receive,
             timeout_s=timeout_s,
             max_body_bytes=self._options.max_request_body_bytes,
-            deployment=info.deployment,
+            info=info,
         )
         try:
             watch.check_length(info.headers.get(b"content-length"))
@@ -157,7 +157,7 @@ class Forwarder:
             retry = not more_body and head[0] in IDEMPOTENT
             message = await call.first(make, retry_lost=retry)
             watch.response_began()
-            await self._answer(call, message, send, watch)
+            await self._answer(call, message, send)
         except BaseException:
             call.cancel()
             raise
@@ -170,14 +170,13 @@ class Forwarder:
         call: Call,
         message: tuple[Any, ...],
         send: Send,
-        watch: ClientWatch,
     ) -> None:
         op = message[0]
         if op == RESPONSE:
-            await _send_start(send, message[2], message[3], watch)
+            await _send_start(send, message)
             await send({"type": "http.response.body", "body": message[4]})
         elif op == START:
-            await _send_start(send, message[2], message[3], watch)
+            await _send_start(send, message)
             await self._stream(call, send)
         elif op == ERROR and message[2] == STOPPED:
             raise ReplicaDiedError(message[4])
@@ -231,18 +230,12 @@ class Forwarder:
         extra: list[tuple[bytes, bytes]] = []
         if error.status_code == 503:
             extra.append((b"retry-after", b"1"))
-        if isinstance(error, RequestTooLargeError):
-            extra.append((b"connection", b"close"))  # the rest is not read
         text = str(error) or type(error).__name__
         await respond(send, error.status_code, text, *extra)
 
 
-async def _send_start(
-    send: Send, status: int, headers: Any, watch: ClientWatch
-) -> None:
-    headers = list(headers)
-    if watch.body_unread:  # uvicorn would wait for the rest of it
-        headers.append((b"connection", b"close"))
+async def _send_start(send: Send, message: tuple[Any, ...]) -> None:
+    _, _, status, headers, *_ = message
     await send({"type": "http.response.start", "status": status, "headers": headers})
 
 

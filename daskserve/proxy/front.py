@@ -61,6 +61,8 @@ class Front:
             if event["type"] == "http.response.start":
                 info.status = event["status"]
                 event["headers"] = [*event.get("headers", ()), header]
+                if info.body_unread:  # uvicorn would wait for the rest of it
+                    event["headers"].append((b"connection", b"close"))
             await send(event)
 
         try:

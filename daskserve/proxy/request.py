@@ -33,7 +33,15 @@ class RequestInfo:
         The server's ASGI scope.
     """
 
-    __slots__ = ("deployment", "headers", "prefix", "request_id", "started", "status")
+    __slots__ = (
+        "body_unread",
+        "deployment",
+        "headers",
+        "prefix",
+        "request_id",
+        "started",
+        "status",
+    )
 
     def __init__(self, scope: Scope) -> None:
         #: The last one of each name.
@@ -43,6 +51,8 @@ class RequestInfo:
         self.started = time.perf_counter()
         #: Of the response; 0 before it.
         self.status = 0
+        #: A part of the request's body has not come yet.
+        self.body_unread = False
         self.prefix = ""
         self.deployment = ""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import os
 import traceback
@@ -323,7 +324,10 @@ class Runner:
             result = _http_exception_response(err)
         encoded = encode(result)
         if isinstance(encoded, Response):
-            await encoded(scope, exchange.receive, exchange.send)
+            try:
+                await encoded(scope, exchange.receive, exchange.send)
+            finally:
+                await _close_generator(result)
             return
         content_type, body = encoded
         headers = [
@@ -406,6 +410,14 @@ class Runner:
         return ReplicaContext(
             spec.deployment, spec.tag, self._servable.object, request_id, self
         )
+
+
+async def _close_generator(result: Any) -> None:
+    """Run a generator's cleanup now, rather than when it is collected."""
+    if inspect.isasyncgen(result):
+        await result.aclose()
+    elif inspect.isgenerator(result):
+        result.close()
 
 
 def _cancel_children() -> None:
