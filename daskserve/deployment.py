@@ -179,6 +179,11 @@ class Deployment:
         return hash((Deployment, self._options.name, self._options.version))
 
     def __reduce__(self) -> Any:
+        # The class's name means this deployment now, so pickle would not find it.
+        return Deployment, (self._code(), self._options)
+
+    def __daskserve_reduce__(self) -> Any:
+        """Reduce within `pickling.dumps`, where the class may be what is pickled."""
         return Deployment, (self._target, self._options)
 
     def __repr__(self) -> str:

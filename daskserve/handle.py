@@ -10,6 +10,7 @@ from collections.abc import Generator
 from datetime import timedelta
 from typing import Any
 
+from distributed import Future, wait
 from distributed.actor import BaseActorFuture
 
 from daskserve.config import duration
@@ -219,9 +220,12 @@ class DeploymentHandle:
                     asyncio.run_coroutine_threadsafe(read.body(), loop).result()
             else:
                 return self._remote_later(session, context, unread, args, kwargs)
-        request, keep_alive = self._request(context, args, kwargs)
-        session.calls.send(request)
-        return self._response(request, session, context, keep_alive)
+        request, futures = self._request(context, args, kwargs)
+        if futures:
+            _send_when_done(futures, request, session)
+        else:
+            session.calls.send(request)
+        return self._response(request, session, context, futures)
 
     def _remote_later(
         self,
@@ -238,12 +242,15 @@ class DeploymentHandle:
             try:
                 for request in unread:
                     await request.body()
-                call, _ = self._request(context, args, kwargs)
+                call, futures = self._request(context, args, kwargs)
             except Exception as err:
                 answer.set_exception(err)
                 return
             call.answer = answer
-            session.calls.send(call)
+            if futures:
+                _send_when_done(futures, call, session)
+            else:
+                session.calls.send(call)
 
         _background.add(task := asyncio.ensure_future(read_and_send()))
         task.add_done_callback(_background.discard)
@@ -254,7 +261,7 @@ class DeploymentHandle:
         context: ReplicaContext | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> tuple[CallRequest, object]:
+    ) -> tuple[CallRequest, list[Future[Any]]]:
         what = f"an argument of {self._deployment}.{self._method_name}()"
         arguments, futures = values.dumps_arguments(args, kwargs, what=what)
         request = CallRequest(
@@ -303,6 +310,28 @@ class DeploymentHandle:
 
 
 _background: set[asyncio.Task[None]] = set()
+
+
+def _send_when_done(
+    futures: list[Future[Any]], request: CallRequest, session: Session
+) -> None:
+    """Send a call once the Dask futures among its arguments have their values."""
+    client: Any = futures[0].client
+
+    async def wait_and_send() -> None:
+        try:
+            with client.as_current():
+                await wait(futures)
+            for future in futures:
+                if future.status != "finished":
+                    await client.gather(future, asynchronous=True)  # raises its error
+        except (Exception, asyncio.CancelledError) as err:
+            with contextlib.suppress(concurrent.futures.InvalidStateError):
+                request.answer.set_exception(err)
+        else:
+            session.calls.send(request)
+
+    client.loop.add_callback(wait_and_send)
 
 
 def _is_running(loop: asyncio.AbstractEventLoop) -> bool:

@@ -60,6 +60,8 @@ class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc, unused-ignore]
             # which is what pickle asks for __setstate__.
             blank = (type(obj),)
             return copyreg.__newobj__, blank, vars(obj), None, None, _fill  # type: ignore[attr-defined]
+        if (reduce := getattr(type(obj), "__daskserve_reduce__", None)) is not None:
+            return reduce(obj)
         if make_lock := _LOCK_FACTORIES.get(type(obj)):
             return make_lock, ()
         reduced = super().reducer_override(obj)

@@ -13,8 +13,9 @@ import weakref
 from collections.abc import Callable, Coroutine, Hashable, Mapping
 from typing import Any, TypeVar, cast
 
-from distributed import Client, Future, default_client, get_worker
+from distributed import Client, default_client, get_worker
 from distributed.comm.core import connect
+from distributed.utils_comm import gather_from_workers
 
 from daskserve import exceptions
 from daskserve.config import Settings
@@ -263,25 +264,32 @@ class WorkerSession(Session):
         return asyncio.run_coroutine_threadsafe(function(*args), loop).result()
 
     async def gather(self, keys: tuple[Hashable, ...]) -> dict[Hashable, Any]:
-        """Fetch the values of Dask futures from the workers that have them; any loop.
+        """Fetch the values of finished Dask tasks from the workers that have them.
+
+        On any loop.
 
         Raises
         ------
-        Exception
-            What a task of theirs raised, or that it was cancelled.
+        ServeError
+            A value is not on the cluster any more.
         """
 
-        async def fetch() -> list[Any]:
-            client = await self.worker._get_client()  # it may not have started yet
-            futures: list[Any] = [Future(cast("Any", key), client) for key in keys]
-            values: list[Any] = await client.gather(futures, asynchronous=True)
-            return values
+        async def fetch() -> dict[Hashable, Any]:
+            who_has = await self.worker.scheduler.who_has(keys=list(keys))
+            data, missing, failed, _ = await gather_from_workers(
+                who_has, rpc=self.worker.rpc, who=self.worker.address
+            )
+            if missing or failed:
+                raise ServeError(
+                    f"the value of the Dask future {[*missing, *failed][0]!r} among "
+                    f"the arguments is not on the cluster any more"
+                )
+            return cast("dict[Hashable, Any]", data)
 
         loop = self.worker.loop.asyncio_loop
-        values = await asyncio.wrap_future(
+        return await asyncio.wrap_future(
             asyncio.run_coroutine_threadsafe(fetch(), loop)
         )
-        return dict(zip(keys, values, strict=True))
 
     async def _call_scheduler(self, op: str, message: dict[str, Any]) -> Any:
         return await getattr(self.worker.scheduler, op)(**message)

@@ -94,7 +94,7 @@ class ServeStatus:
     def from_message(cls, message: Mapping[str, Any]) -> Self:
         """Make one of the controller's plain data."""
         return cls(
-            InstanceStatus(**message["instance"]),
+            _instance(message["instance"]),
             [ProxyStatus(**proxy) for proxy in message["proxies"]],
             {name: _deployment(d) for name, d in message["deployments"].items()},
         )
@@ -142,6 +142,10 @@ def _deployment_lines(name: str, deployment: DeploymentStatus) -> list[list[str]
 
 def _reason(text: str, indent: int) -> list[list[str]]:
     return [[" " * indent, line] for line in text.rstrip().splitlines()]
+
+
+def _instance(message: Mapping[str, Any]) -> InstanceStatus:
+    return InstanceStatus(**{**message, "http_urls": list(message["http_urls"])})
 
 
 def _deployment(message: Mapping[str, Any]) -> DeploymentStatus:

@@ -104,8 +104,7 @@ def snapshot(
         "max_ongoing": 10,
         "max_queued": None,
         "timeout_s": None,
-        "state": "HEALTHY",
-        "reason": "",
+        "hopeless": False,
         "version": None,
     }
     return {"routes": {}, "deployments": {name: {**info, **changes}}}
@@ -317,7 +316,7 @@ def test_worker_lost_fails_at_once_what_waits_for_it() -> None:
 def test_a_call_waits_for_the_first_replica() -> None:
     async def test(dispatcher: Dispatcher) -> None:
         place = await Place({1: StandIn()}).start()
-        dispatcher.update(1, snapshot(state="UPDATING"))
+        dispatcher.update(1, snapshot())
         asking = asyncio.ensure_future(ask(dispatcher))
         await asyncio.sleep(0)
         assert not asking.done()
@@ -342,16 +341,16 @@ def test_no_snapshot_yet_is_waited_for() -> None:
 
 def test_unavailable_deployments() -> None:
     async def test(dispatcher: Dispatcher) -> None:
-        dispatcher.update(1, snapshot(state="UPDATING"))
+        dispatcher.update(1, snapshot())
         with pytest.raises(DeploymentUnavailableError, match="no deployment 'E'"):
             await ask(dispatcher, name="E")
         asking = asyncio.ensure_future(ask(dispatcher))
         await asyncio.sleep(0)
-        dispatcher.update(2, snapshot(state="DEPLOY_FAILED", reason="why"))
+        dispatcher.update(2, snapshot(hopeless=True))
         for attempt in (asking, ask(dispatcher)):
             with pytest.raises(DeploymentUnavailableError, match="failed to deploy"):
                 await attempt
-        dispatcher.update(3, snapshot(state="UPDATING"))
+        dispatcher.update(3, snapshot())
         asking = asyncio.ensure_future(ask(dispatcher))
         await asyncio.sleep(0)
         dispatcher.update(4, {"routes": {}, "deployments": {}})

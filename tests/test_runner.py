@@ -86,7 +86,7 @@ class Replica:
         self.runner = Runner(
             ReplicaSpec(**{**spec, **options}),
             self.reports.append,
-            SimpleNamespace(),
+            SimpleNamespace(worker=None),
             WINDOW,
         )
         self._last_id = 0
@@ -155,7 +155,7 @@ class Counter:
     def reconfigure(self, config: Any) -> None:
         if config == "bad":
             raise ValueError("not that")
-        self.n = -1 if config is None else config["n"]
+        self.n = config["n"]
 
 
 def test_a_class_answers_requests_and_calls(replica: Make) -> None:
@@ -551,7 +551,8 @@ def test_reconfigure(replica: Make) -> None:
     assert "not that" in made.reports[-1]["error"]
     made.runner.reconfigure(None, 4)
     poll(lambda: made.reports[-1].get("generation") == 4)
-    assert made.result(made.call("add", 0)) == -1
+    assert made.reports[-1]["error"] is None
+    assert made.result(made.call("add", 0)) == 7
 
 
 def test_user_config_without_reconfigure_is_an_error(replica: Make) -> None:

@@ -112,15 +112,16 @@ class Spec:
         return plain
 
     def same_code(self, other: Spec) -> bool:
-        """Whether running replicas of one can serve as replicas of the other.
+        """Whether running replicas of this one can serve as replicas of another.
 
         Equal versions stand for equal code: the bytes are not compared, because
-        pickling the same code twice may give different bytes.
+        pickling the same code twice may give different bytes. A ``user_config`` that
+        is taken away needs new replicas: nothing makes a running one forget it.
 
         Parameters
         ----------
         other
-            Another wish for the same deployment.
+            A later wish for the same deployment.
 
         Returns
         -------
@@ -133,6 +134,7 @@ class Spec:
             and self.init == other.init
             and dict(self.resources) == dict(other.resources)
             and self.workers == other.workers
+            and (other.user_config is not None or self.user_config is None)
         )
 
 

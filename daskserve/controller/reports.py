@@ -40,10 +40,8 @@ def _routing_entry(d: ManagedDeployment) -> dict[str, Any]:
         "max_ongoing": spec.max_ongoing_requests,
         "max_queued": spec.max_queued_requests,
         "timeout_s": spec.request_timeout_s,
-        "state": d.state.value,
-        # The summary alone: no traceback belongs in what goes to every worker.
-        "reason": d.reason.partition("\n")[0],
-        "version": spec.version,
+        # Nothing comes any more: requests need not wait for a replica.
+        "hopeless": not d.upkeep(),
     }
 
 

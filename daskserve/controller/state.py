@@ -362,7 +362,7 @@ class ControllerState:
         dict
             ``routes`` (name by prefix) and ``deployments`` (by name: ``replicas`` as
             lists of number, tag and worker, ``max_ongoing``, ``max_queued``,
-            ``timeout_s``, ``state``, ``reason``, ``version``). Plain values in a fixed
+            ``timeout_s``, ``hopeless``). Plain values in a fixed
             order that depend on no clock: equal as long as nothing changes.
         """
         return reports.routing_of(self._live[name] for name in sorted(self._live))

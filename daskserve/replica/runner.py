@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+from distributed.worker import _worker_cvar
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -55,6 +56,8 @@ logger = logging.getLogger(__name__)
 #: An exchange: who began it, and its number there.
 Key: TypeAlias = tuple[ReplyTo, int]
 
+#: How long cancelled requests may take to clean up.
+CANCEL_TIMEOUT_S = 1.0
 #: How long shutdown hooks and ``__del__`` may take together, after the grace period.
 HOOKS_TIMEOUT_S = 3.0
 
@@ -139,10 +142,7 @@ class Runner:
         self._thread.call_soon(self._cancel_from, reply_to)
 
     def reconfigure(self, user_config: bytes | None, config_generation: int) -> None:
-        """Give the user's object another config, and report how that went.
-
-        It gets None if the deployment has no config any more.
-        """
+        """Give the user's object another config, and report how that went."""
         self._thread.submit(
             self._reconfigure_and_report(user_config, config_generation)
         )
@@ -167,10 +167,10 @@ class Runner:
 
     async def _initialize(self) -> None:
         self._report({"event": "initializing", "pid": os.getpid()})
-        current_replica.set(self._context(None))
+        self._enter(None)
         try:
             await self._servable.construct()
-            current_replica.set(self._context(None))
+            self._enter(None)
             await self._servable.startup()
         except (Exception, SystemExit, KeyboardInterrupt) as err:
             text = "".join(traceback.format_exception(err))
@@ -183,7 +183,7 @@ class Runner:
     async def _reconfigure_and_report(
         self, user_config: bytes | None, generation: int
     ) -> None:
-        current_replica.set(self._context(None))
+        self._enter(None)
         error = None
         try:
             await self._servable.reconfigure(user_config)
@@ -208,6 +208,9 @@ class Runner:
             self._send_stopped(*key)
             if exchange.task is not None:
                 exchange.task.cancel()
+        tasks = [e.task for e in left.values() if e.task is not None]
+        if tasks:  # their cleanup still needs the user's object
+            await asyncio.wait(tasks, timeout=CANCEL_TIMEOUT_S)
         try:
             async with asyncio.timeout(HOOKS_TIMEOUT_S):
                 await self._servable.shutdown()
@@ -290,7 +293,7 @@ class Runner:
 
     async def _serve_http(self, exchange: HttpExchange) -> None:
         request_id = exchange.head["request_id"]
-        current_replica.set(self._context(request_id))
+        self._enter(request_id)
         try:
             servable = self._servable
             if servable.app is not None:
@@ -349,7 +352,7 @@ class Runner:
 
     async def _serve_websocket(self, exchange: WebSocketExchange) -> None:
         request_id = exchange.head["request_id"]
-        current_replica.set(self._context(request_id))
+        self._enter(request_id)
         reply: Message = (END, exchange.exchange_id)
         try:
             servable = self._servable
@@ -382,7 +385,7 @@ class Runner:
         future_keys: tuple[Any, ...],
         request_id: str | None,
     ) -> None:
-        current_replica.set(self._context(request_id))
+        self._enter(request_id)
         reply_to, exchange_id = key
         try:
             fetched = await self.session.gather(future_keys) if future_keys else {}
@@ -405,11 +408,19 @@ class Runner:
         self._servable.deserted -= 1
         self._finished()
 
-    def _context(self, request_id: str | None) -> ReplicaContext:
-        spec = self.spec
-        return ReplicaContext(
-            spec.deployment, spec.tag, self._servable.object, request_id, self
+    def _enter(self, request_id: str | None) -> None:
+        """Tell the code of the running task where it is: here, and on which worker."""
+        current_replica.set(
+            ReplicaContext(
+                self.spec.deployment,
+                self.spec.tag,
+                self._servable.object,
+                request_id,
+                self,
+            )
         )
+        # Then `distributed.get_client()` works as it does in tasks and actors.
+        _worker_cvar.set(self.session.worker)
 
 
 async def _close_generator(result: Any) -> None:

@@ -85,15 +85,16 @@ class Servable:
             await self._lifespan.startup()
 
     async def reconfigure(self, user_config: bytes | None) -> None:
-        """Call the user's ``reconfigure``; None if there is no config any more."""
+        """Call the user's ``reconfigure``; None, for no config, is not passed on."""
+        if user_config is None:
+            return
         method = getattr(self.object, "reconfigure", None)
         if method is None:
             raise TypeError(
                 f"user_config was given, but deployment {self._spec.deployment!r} has "
                 f"no method reconfigure(self, user_config) to take it."
             )
-        value = None if user_config is None else pickling.loads(user_config)
-        await self._invoke(method, (value,), {})
+        await self._invoke(method, (pickling.loads(user_config),), {})
 
     async def shutdown(self) -> None:
         """Run the app's shutdown hooks, then ``__del__``, sync or async, once."""

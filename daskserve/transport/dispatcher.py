@@ -45,21 +45,19 @@ FIRST_SNAPSHOT_S = 10
 class Group:
     """One deployment as this process sees it."""
 
-    __slots__ = ("max_queued", "name", "reason", "router", "state", "timeout_s",
-                 "waiting")  # fmt: skip
+    __slots__ = ("hopeless", "max_queued", "name", "router", "timeout_s", "waiting")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.router = Router()
-        self.state = ""
-        self.reason = ""
+        self.hopeless = False
         self.max_queued: int | None = None
         self.timeout_s: float | None = None
         self.waiting: deque[asyncio.Future[Slot]] = deque()
 
     def update(self, info: Mapping[str, Any], local_address: str | None) -> None:
         """Take this deployment's part of a snapshot."""
-        self.state, self.reason = info["state"], info["reason"]
+        self.hopeless = info["hopeless"]
         self.max_queued, self.timeout_s = info["max_queued"], info["timeout_s"]
         self.router.update(
             (
@@ -71,7 +69,7 @@ class Group:
 
     def unavailable(self) -> DeploymentUnavailableError | None:
         """Say why nothing can ever take a request, or None if waiting makes sense."""
-        if self.state == "DEPLOY_FAILED" and not self.router.slots:
+        if self.hopeless and not self.router.slots:
             return DeploymentUnavailableError(
                 f"Deployment {self.name!r} is unavailable because it failed to deploy."
             )
