@@ -100,6 +100,7 @@ class Launcher:
             config_generation=action.config_generation,
             max_ongoing_requests=action.spec.max_ongoing_requests,
         )
+        future: Future[Any] | None = None
         try:
             future = self._client.submit(
                 Replica,
@@ -126,6 +127,8 @@ class Launcher:
                 self._on_failure(action.replica_id, "its actor was cancelled", False)
             raise
         except Exception as err:
+            if future is not None and action.replica_id not in self._futures:
+                return  # released while it was waited for
             logger.exception("cannot submit replica %s", action.tag)
             self._on_failure(action.replica_id, f"cannot be submitted: {err!r}", True)
 
