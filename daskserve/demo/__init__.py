@@ -1,0 +1,1 @@
+"""What `dask serve demo` deploys: a digit classifier, and small examples beside it."""
