@@ -409,6 +409,22 @@ def test_a_slow_reader_slows_the_generator(replica: Make) -> None:
     poll(lambda: made.runner.ongoing == 0)
 
 
+def test_an_endless_stream_that_never_waits_is_cancelled(replica: Make) -> None:
+    async def endless() -> Any:
+        async def chunks() -> Any:
+            while True:
+                yield b"x" * 10_000
+
+        return chunks()
+
+    made = replica(endless)
+    asked = made.request()
+    poll(lambda: len(made.caller.of(asked, CHUNK)) >= WINDOW // 10_000)
+    made.runner.put(made.caller, (CANCEL, asked, 1))
+    poll(lambda: made.runner.ongoing == 0)
+    assert len(made.caller.of(asked, CHUNK)) == WINDOW // 10_000
+
+
 def test_a_stream_that_breaks_is_cut(replica: Make) -> None:
     async def breaks() -> Any:
         async def chunks() -> Any:

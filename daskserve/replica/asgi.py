@@ -116,6 +116,11 @@ class HttpExchange:
     async def send(self, event: Message) -> None:
         """ASGI ``send``."""
         kind = event["type"]
+        if self.disconnected:
+            # Dropped. An app that sends without end, and never waits for anything, is
+            # cancelled here.
+            await asyncio.sleep(0)
+            return
         if self.response_complete:
             raise RuntimeError(f"Unexpected {kind!r} after the response was complete.")
         if kind == "http.response.start":
@@ -149,7 +154,9 @@ class HttpExchange:
         self._flush_start()
         view = memoryview(body)
         for i in range(0, len(view), MAX_CHUNK_BYTES):
-            while self._on_the_way >= self._window and not self.disconnected:
+            while self._on_the_way >= self._window:
+                if self.disconnected:
+                    return
                 await self._change()
             chunk = bytes(view[i : i + MAX_CHUNK_BYTES])
             last = not more_body and i + len(chunk) == len(view)
