@@ -34,6 +34,7 @@ from daskserve.transport.messages import (
     STREAM_REPLICA,
     STREAM_ROUTES,
 )
+from daskserve.transport.streams import never_raises
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class ServeWorkerPlugin(WorkerPlugin):
 
     # What the controller sends.
 
+    @never_raises
     def _take_routes(self, version: int, snapshot: dict[str, Any]) -> None:
         assert self._thread is not None and self.session is not None
         dispatcher = self.session.dispatcher
@@ -120,10 +122,12 @@ class ServeWorkerPlugin(WorkerPlugin):
 
         self._thread.submit(take())
 
+    @never_raises
     def _take_lost(self, worker: str) -> None:
         assert self._thread is not None and self.session is not None
         self._thread.call_soon(self.session.dispatcher.worker_lost, worker)
 
+    @never_raises
     def _take_command(self, command: str, replica_id: int, **details: Any) -> None:
         runner = self.runners.get(replica_id)
         if command == "stop":

@@ -25,6 +25,7 @@ from daskserve.exceptions import (
     ServeNotRunningError,
 )
 from daskserve.transport.messages import STREAM_ACK, STREAM_HELLO, STREAM_REPLICA
+from daskserve.transport.streams import never_raises
 
 logger = logging.getLogger(__name__)
 
@@ -131,10 +132,12 @@ class ServeController(SchedulerPlugin):
 
     # Streams.
 
+    @never_raises
     def _hello(self, worker: str) -> None:
         if self._instance is not None:
             self._instance.hello(worker)
 
+    @never_raises
     def _ack(
         self, version: int, worker: str | None = None, client: str | None = None
     ) -> None:
@@ -142,6 +145,7 @@ class ServeController(SchedulerPlugin):
         if self._instance is not None and subscriber is not None:
             self._instance.publisher.acked(subscriber, version)
 
+    @never_raises
     def _replica_news(self, worker: str, replica_id: int, news: dict[str, Any]) -> None:
         if self._instance is not None:
             self._instance.replica_news(replica_id, news)

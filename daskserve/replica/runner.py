@@ -103,7 +103,7 @@ class Runner:
         self._window_bytes = window_bytes
         self._report = report
         self.session = session
-        self._thread = LoopThread(f"daskserve-replica-{spec.tag}")
+        self._thread = LoopThread(f"daskserve-replica-{spec.tag}", user_code=True)
         self._inbox: Mailbox[tuple[ReplyTo, Message]] = Mailbox(
             self._thread.loop, self._deliver
         )

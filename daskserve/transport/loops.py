@@ -76,10 +76,15 @@ class LoopThread:
     ----------
     name
         The thread's name; ours all begin with ``daskserve``.
+    user_code
+        Whether tasks of users run there: one that raises `SystemExit` is then an
+        ordinary failure, which otherwise would end the loop.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, user_code: bool = False) -> None:
         self.loop: asyncio.AbstractEventLoop = loops.new_event_loop()
+        if user_code:
+            self.loop.set_task_factory(_make_guarded_task)
         self._stopping: asyncio.Event | None = None
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -148,6 +153,19 @@ class LoopThread:
         self._stopping = asyncio.Event()
         self._started.set()
         await self._stopping.wait()
+
+
+def _make_guarded_task(
+    loop: asyncio.AbstractEventLoop, coroutine: Any, **kwargs: Any
+) -> asyncio.Task[Any]:
+    return asyncio.Task(_without_exits(coroutine), loop=loop, **kwargs)
+
+
+async def _without_exits(coroutine: Any) -> Any:
+    try:
+        return await coroutine
+    except (SystemExit, KeyboardInterrupt) as err:
+        raise RuntimeError(f"user code raised {err!r}") from err
 
 
 async def _cancel_all(patience_s: float = 2) -> None:
