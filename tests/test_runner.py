@@ -44,7 +44,20 @@ from daskserve.transport.messages import (
 from tests.utils import leftover_threads, poll
 
 WINDOW = 100_000
-HEAD = ("GET", "/D/x", b"/D/x", b"", [], "1.1", "http", ("c", 1), ("s", 2), "/D", "id1")
+HEAD = (
+    "GET",
+    "/D/x",
+    b"/D/x",
+    b"",
+    [],
+    "1.1",
+    "http",
+    ("c", 1),
+    ("s", 2),
+    "/D",
+    "id1",
+    False,
+)
 
 
 class Caller:

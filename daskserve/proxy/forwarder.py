@@ -77,7 +77,7 @@ class Forwarder:
         if match is None:
             return await self._not_found(path, scope, send)
         info.prefix, info.deployment = match
-        head = _head(scope, root_path, path, info)
+        head = (*_head(scope, root_path, path, info), self._options.debug)
         timeout_s = self._timeout_s(info)
         if websocket:
             relay = WebSocketRelay(self._dispatcher, info.deployment, timeout_s)
@@ -242,7 +242,7 @@ async def _send_start(send: Send, message: tuple[Any, ...]) -> None:
 def _head(
     scope: Scope, root_path: str, path: str, info: RequestInfo
 ) -> tuple[Any, ...]:
-    """Return `messages.HEAD_FIELDS` of a request; `path` is without root path."""
+    """Return `messages.HEAD_FIELDS` but the last; `path` is without root path."""
     raw_path: bytes = scope.get("raw_path") or path.encode()
     if root_path:
         if path == scope["path"]:  # the root path was stripped on the way

@@ -58,12 +58,13 @@ class Front:
         header = (b"x-request-id", info.request_id.encode())
 
         async def send_with_id(event: Message) -> None:
-            if event["type"] == "http.response.start":
-                info.status = event["status"]
-                event["headers"] = [*event.get("headers", ()), header]
-                if info.body_unread:  # uvicorn would wait for the rest of it
-                    event["headers"].append((b"connection", b"close"))
-            await send(event)
+            if event["type"] != "http.response.start":
+                return await send(event)
+            headers = [*event.get("headers", ()), header]
+            if info.body_unread:  # uvicorn would wait for the rest of it
+                headers.append((b"connection", b"close"))
+            await send({**event, "headers": headers})
+            info.status = event["status"]  # now that the server has taken it
 
         try:
             if not self._authorized(scope, info):

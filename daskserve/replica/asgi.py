@@ -7,6 +7,7 @@ sees are plain ASGI events.
 from __future__ import annotations
 
 import asyncio
+import re
 import traceback
 from collections import deque
 from typing import Any
@@ -21,7 +22,12 @@ from daskserve.transport.messages import (
     MAX_CHUNK_BYTES,
     RESPONSE,
     START,
+    Headers,
 )
+
+# What may not stand in a header (RFC 9110, 5.1 and 5.5).
+_NOT_IN_NAME = re.compile(rb"[^!#$%&'*+.^_`|~0-9A-Za-z-]")
+_NOT_IN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 #: As uvicorn's, for the same events are sent.
 ASGI_VERSIONS = {"version": "3.0", "spec_version": "2.3"}
@@ -54,7 +60,8 @@ class HttpExchange:
         self._more_body: bool = message[5]
         # What came along with the request was not charged to the window.
         self._charged = False
-        self._start: tuple[int, Any] | None = None
+        self._start: tuple[int, Headers] | None = None
+        self._held: tuple[int, Headers, bytes] | None = None
         self._window = window_bytes
         self._on_the_way = 0
         self._changed: asyncio.Event | None = None
@@ -126,7 +133,7 @@ class HttpExchange:
         if kind == "http.response.start":
             if self._start is not None:
                 raise RuntimeError("Unexpected second 'http.response.start'.")
-            self._start = (event["status"], list(event.get("headers", ())))
+            self._start = check_start(event)
             # A body in the same turn of the loop goes along with it; a stream whose
             # first chunk takes its time must not hold the headers back.
             asyncio.get_running_loop().call_soon(self._flush_start)
@@ -144,11 +151,27 @@ class HttpExchange:
         self.response_started = self.response_complete = True
         self.reply_to.send((RESPONSE, self.exchange_id, status, headers, body))
 
+    def drop_held(self) -> bool:
+        """Drop an error page that was held back; return whether there was one."""
+        held, self._held = self._held, None
+        return held is not None
+
+    def send_held(self) -> None:
+        """Send an error page that was held back, if there is one."""
+        held, self._held = self._held, None
+        if held is not None:
+            self.respond(*held)
+
     async def _send_body(self, body: bytes, more_body: bool) -> None:
         assert self._start is not None
         if not self.response_started and not more_body:
             if len(body) <= MAX_CHUNK_BYTES:
-                self.respond(*self._start, bytes(body))
+                whole = (*self._start, bytes(body))
+                if self.head["debug"] and self._start[0] >= 500:
+                    self._held = whole  # perhaps the error behind it comes out yet
+                    self.response_complete = True
+                else:
+                    self.respond(*whole)
                 self._notify()
                 return
         self._flush_start()
@@ -169,7 +192,7 @@ class HttpExchange:
             self._notify()
 
     def _flush_start(self) -> None:
-        if not self.response_started:
+        if not self.response_started and self._held is None:
             assert self._start is not None
             self.response_started = True
             self.reply_to.send((START, self.exchange_id, *self._start))
@@ -183,6 +206,28 @@ class HttpExchange:
     def _notify(self) -> None:
         if self._changed is not None:
             self._changed.set()
+
+
+def check_start(event: Message) -> tuple[int, Headers]:
+    """Return status and headers of an ``http.response.start``, if a server takes them.
+
+    Raises
+    ------
+    RuntimeError
+        Status or headers are malformed. A server would find that out too late to tell
+        the client anything.
+    """
+    status = event["status"]
+    if not isinstance(status, int) or not 100 <= status <= 599:
+        raise RuntimeError(f"Invalid HTTP status {status!r} in the response.")
+    headers = []
+    for name, value in event.get("headers", ()):
+        if not isinstance(name, bytes) or not isinstance(value, bytes):
+            raise RuntimeError(f"Header {name!r}: {value!r} is not of bytes.")
+        if not name or _NOT_IN_NAME.search(name) or _NOT_IN_VALUE.search(value):
+            raise RuntimeError(f"Invalid HTTP header {name!r}: {value!r}.")
+        headers.append((name, value))
+    return status, headers
 
 
 class LifespanError(RuntimeError):

@@ -12,7 +12,7 @@ import inspect
 import logging
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -172,7 +172,9 @@ class Runner:
             await self._servable.construct()
             self._enter(None)
             await self._servable.startup()
-        except (Exception, SystemExit, KeyboardInterrupt) as err:
+        except BaseException as err:
+            if _was_cancelled(err):
+                return
             text = "".join(traceback.format_exception(err))
             logger.error("Replica %s failed to start:\n%s", self.spec.tag, text)
             self._report({"event": "failed", "text": text})
@@ -187,7 +189,7 @@ class Runner:
         error = None
         try:
             await self._servable.reconfigure(user_config)
-        except (Exception, SystemExit, KeyboardInterrupt) as err:
+        except BaseException as err:
             error = "".join(traceback.format_exception(err))
         self._report(
             {"event": "reconfigured", "generation": generation, "error": error}
@@ -214,7 +216,7 @@ class Runner:
         try:
             async with asyncio.timeout(HOOKS_TIMEOUT_S):
                 await self._servable.shutdown()
-        except (Exception, SystemExit, KeyboardInterrupt):
+        except BaseException:
             logger.exception("Replica %s failed to shut down", self.spec.tag)
         self._report({"event": "stopped"})
 
@@ -250,14 +252,29 @@ class Runner:
         if message[0] == REQUEST:
             exchange = HttpExchange(reply_to, message, self._window_bytes)
             self._http[key] = exchange
-            exchange.task = self.loop.create_task(self._serve_http(exchange))
+            exchange.task = self._spawn(self._http, key, self._serve_http(exchange))
         elif message[0] == CONNECT:
             websocket = WebSocketExchange(reply_to, message, self._window_bytes)
             self._websockets[key] = websocket
-            websocket.task = self.loop.create_task(self._serve_websocket(websocket))
+            serving = self._serve_websocket(websocket)
+            websocket.task = self._spawn(self._websockets, key, serving)
         else:
-            task = self.loop.create_task(self._serve_call(key, *message[3:]))
-            self._calls[key] = HandleCall(task)
+            call = self._calls[key] = HandleCall(None)
+            call.task = self._spawn(
+                self._calls, key, self._serve_call(key, *message[3:])
+            )
+
+    def _spawn(
+        self, running: dict[Key, Any], key: Key, serving: Coroutine[Any, Any, None]
+    ) -> asyncio.Task[None]:
+        def ended(task: asyncio.Task[None]) -> None:
+            # Not in the coroutine: cancelled before its first step, it never runs.
+            del running[key]
+            self._finished()
+
+        task = self.loop.create_task(serving)
+        task.add_done_callback(ended)
+        return task
 
     def _cancel(self, key: Key) -> None:
         exchange = self._http.get(key)
@@ -303,21 +320,17 @@ class Runner:
                 await self._serve_plain(exchange)
             if not exchange.response_complete:
                 raise RuntimeError("The app returned without completing its response.")
-        except asyncio.CancelledError:
-            _cancel_children()
-            if not exchange.disconnected and not self._stopping:
-                self._send_error(exchange, USER_ERROR, RuntimeError("Cancelled."))
-        except (Exception, SystemExit, KeyboardInterrupt) as err:
-            # A response that is complete was sent by the app's own error handler.
+            exchange.send_held()
+        except BaseException as err:
+            if _was_cancelled(err):
+                return _cancel_children()  # whoever cancelled knows
             kind = NOT_ENCODABLE if isinstance(err, NotEncodableError) else USER_ERROR
             logger.exception(
                 "Request %s to deployment %r failed", request_id, self.spec.deployment
             )
-            if not exchange.response_complete:
+            # A response that is complete was sent by the app's own error handler.
+            if not exchange.response_complete or exchange.drop_held():
                 self._send_error(exchange, kind, err)
-        finally:
-            del self._http[exchange.reply_to, exchange.exchange_id]
-            self._finished()
 
     async def _serve_plain(self, exchange: HttpExchange) -> None:
         scope = exchange.scope(None)
@@ -361,19 +374,16 @@ class Runner:
             else:
                 scope = exchange.scope(servable.state)
                 await servable.app(scope, exchange.receive, exchange.send)
-        except asyncio.CancelledError:
-            _cancel_children()
         except ClientDisconnectedError:
             pass
-        except (Exception, SystemExit, KeyboardInterrupt) as err:
+        except BaseException as err:
+            if _was_cancelled(err):
+                return _cancel_children()
             logger.exception(
                 "WebSocket %s to deployment %r failed", request_id, self.spec.deployment
             )
             reply = _error_message(exchange.exchange_id, USER_ERROR, err)
-        finally:
-            del self._websockets[exchange.reply_to, exchange.exchange_id]
-            exchange.reply_to.send(reply)
-            self._finished()
+        exchange.reply_to.send(reply)
 
     # Calls through handles.
 
@@ -394,15 +404,12 @@ class Runner:
             what = f"the result of {self.spec.deployment}.{method_name}()"
             reply = (RESULT, exchange_id, pickling.dumps(result, what=what))
             reply_to.send(reply)
-        except asyncio.CancelledError:
-            _cancel_children()  # whoever cancelled told the caller, or was the caller
         except UnknownMethodError as err:
             reply_to.send(_error_message(exchange_id, UNKNOWN_METHOD, err))
-        except (Exception, SystemExit, KeyboardInterrupt) as err:
+        except BaseException as err:
+            if _was_cancelled(err):
+                return _cancel_children()  # whoever cancelled told the caller, or is it
             reply_to.send(_error_message(exchange_id, USER_ERROR, err))
-        finally:
-            del self._calls[key]
-            self._finished()
 
     def _deserted_ended(self) -> None:
         self._servable.deserted -= 1
@@ -421,6 +428,13 @@ class Runner:
         )
         # Then `distributed.get_client()` works as it does in tasks and actors.
         _worker_cvar.set(self.session.worker)
+
+
+def _was_cancelled(error: BaseException) -> bool:
+    """Whether the running task was cancelled, and `error` is not user code's own."""
+    task = asyncio.current_task()
+    assert task is not None
+    return isinstance(error, asyncio.CancelledError) and task.cancelling() > 0
 
 
 async def _close_generator(result: Any) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -158,14 +158,34 @@ class LoopThread:
 def _make_guarded_task(
     loop: asyncio.AbstractEventLoop, coroutine: Any, **kwargs: Any
 ) -> asyncio.Task[Any]:
-    return asyncio.Task(_without_exits(coroutine), loop=loop, **kwargs)
+    return asyncio.Task(_WithoutExits(coroutine), loop=loop, **kwargs)
 
 
-async def _without_exits(coroutine: Any) -> Any:
-    try:
-        return await coroutine
-    except (SystemExit, KeyboardInterrupt) as err:
-        raise RuntimeError(f"user code raised {err!r}") from err
+class _WithoutExits(Coroutine[Any, Any, Any]):
+    """A coroutine that fails with `RuntimeError` where it would end the loop."""
+
+    __slots__ = ("_coroutine",)
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        self._coroutine = coroutine
+
+    def send(self, value: Any) -> Any:
+        try:
+            return self._coroutine.send(value)
+        except (SystemExit, KeyboardInterrupt) as err:
+            raise RuntimeError(f"user code raised {err!r}") from err
+
+    def throw(self, *error: Any) -> Any:
+        try:
+            return self._coroutine.throw(*error)
+        except (SystemExit, KeyboardInterrupt) as err:
+            raise RuntimeError(f"user code raised {err!r}") from err
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._coroutine.__await__()
 
 
 async def _cancel_all(patience_s: float = 2) -> None:

@@ -73,6 +73,7 @@ HEAD_FIELDS: Final = (
     "server",
     "root_path",
     "request_id",
+    "debug",
 )
 
 # Kinds of `ERROR`.
