@@ -854,14 +854,6 @@ def test_environment_variables() -> None:
     assert result.stdout == "9000 60.0 None True 3 0.05 **********\n"
 
 
-def test_importing_does_not_import_distributed() -> None:
-    script = (
-        "import sys, daskserve.config\n"
-        "print([m for m in ('distributed', 'fastapi', 'uvicorn') if m in sys.modules])"
-    )
-    assert run_script(script).stdout == "[]\n"
-
-
 def test_every_public_class_is_documented() -> None:
     for model in (HTTPOptions, DeploymentOptions, Settings):
         text = model.__doc__ or ""

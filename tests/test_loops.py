@@ -6,6 +6,8 @@ import asyncio
 import threading
 from collections.abc import Iterator
 
+import anyio
+import anyio.lowlevel
 import pytest
 
 from daskserve.transport.loops import LoopThread, Mailbox
@@ -103,3 +105,53 @@ def test_submit_returns_what_comes_out(thread: LoopThread) -> None:
 
     assert thread.submit(answer()).result(5) == 42
     assert not thread.is_current
+
+
+def test_exits_of_user_tasks_do_not_end_the_loop() -> None:
+    thread = LoopThread("daskserve-test", user_code=True)
+    thread.start()
+
+    async def leave(error: type[BaseException]) -> None:
+        await asyncio.sleep(0)
+        raise error("bye")
+
+    async def child(error: type[BaseException]) -> None:
+        await asyncio.create_task(leave(error))
+
+    for error in (SystemExit, KeyboardInterrupt):
+        for user in (leave, child):
+            with pytest.raises(RuntimeError, match="bye"):
+                thread.submit(user(error)).result(5)
+    assert thread.stop()
+
+
+def test_user_tasks_look_like_others_to_anyio() -> None:
+    thread = LoopThread("daskserve-test", user_code=True)
+    thread.start()
+
+    async def cancelled_by_its_group() -> str:
+        async with anyio.create_task_group() as group:
+            group.start_soon(anyio.sleep_forever)
+            await anyio.lowlevel.checkpoint()
+            group.cancel_scope.cancel()
+        return "cancelled"
+
+    assert thread.submit(cancelled_by_its_group()).result(5) == "cancelled"
+    assert thread.stop()
+
+
+def test_a_user_task_cancelled_before_it_began_warns_of_nothing() -> None:
+    thread = LoopThread("daskserve-test", user_code=True)
+    thread.start()
+
+    async def never() -> None:
+        raise AssertionError("it never runs")
+
+    async def cancel_at_once() -> bool:
+        task = asyncio.create_task(never())
+        task.cancel()
+        await asyncio.wait([task])
+        return task.cancelled()
+
+    assert thread.submit(cancel_at_once()).result(5)
+    assert thread.stop()

@@ -187,6 +187,10 @@ class _WithoutExits(Coroutine[Any, Any, Any]):
     def __await__(self) -> Generator[Any, Any, Any]:
         return self._coroutine.__await__()
 
+    def __getattr__(self, name: str) -> Any:
+        # cr_running and the like, by which anyio sees whether a task has begun.
+        return getattr(self._coroutine, name)
+
 
 async def _cancel_all(patience_s: float = 2) -> None:
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
