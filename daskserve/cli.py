@@ -6,6 +6,7 @@ import is imported in the commands.
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import logging
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Security
 
     from daskserve.api import ServeInstance
 
@@ -153,6 +154,7 @@ def _client(
                 tls_client_cert=tls_cert,
                 tls_client_key=tls_key,
             )
+        asyncio.run(_try_to_connect(scheduler, security or Security(), timeout))
         client = Client(
             scheduler, security=security, timeout=timeout, set_as_default=False
         )
@@ -163,6 +165,15 @@ def _client(
         ) from err
     with client:
         yield client
+
+
+async def _try_to_connect(scheduler: str, security: Security, timeout: float) -> None:
+    """Find out before there is a `Client`: one that failed to start closes badly."""
+    from distributed.comm.core import connect
+
+    arguments = security.get_connection_args("client")
+    comm = await connect(scheduler, timeout=timeout, **arguments)
+    await comm.close()
 
 
 def _check_demo_modules() -> None:
