@@ -167,12 +167,12 @@ def _client(
         yield client
 
 
-async def _try_to_connect(scheduler: str, security: Security, timeout: float) -> None:
+async def _try_to_connect(scheduler: str, security: Security, timeout_s: float) -> None:
     """Find out before there is a `Client`: one that failed to start closes badly."""
     from distributed.comm.core import connect
 
     arguments = security.get_connection_args("client")
-    comm = await connect(scheduler, timeout=timeout, **arguments)
+    comm = await connect(scheduler, timeout=timeout_s, **arguments)
     await comm.close()
 
 
