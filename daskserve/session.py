@@ -25,7 +25,12 @@ from daskserve.replica.context import current_replica
 from daskserve.transport.calls import CallSender
 from daskserve.transport.dispatcher import Dispatcher
 from daskserve.transport.loops import LoopThread
-from daskserve.transport.messages import STREAM_ACK, STREAM_LOST, STREAM_ROUTES
+from daskserve.transport.messages import (
+    STREAM_ACK,
+    STREAM_BYE,
+    STREAM_LOST,
+    STREAM_ROUTES,
+)
 
 T = TypeVar("T")
 
@@ -154,9 +159,10 @@ class ClientSession(Session):
             dispatcher, self._dispatcher = self._dispatcher, None
         if thread is not None and dispatcher is not None:
             client = self._client()
-            if client is not None:
-                client._stream_handlers.pop(STREAM_ROUTES, None)
-                client._stream_handlers.pop(STREAM_LOST, None)
+            if client is not None and client.status == "running":
+                _loop(client).add_callback(
+                    client._send_to_scheduler, {"op": STREAM_BYE}
+                )
             with contextlib.suppress(RuntimeError, TimeoutError):
                 thread.submit(dispatcher.close()).result(5)
             thread.stop()

@@ -24,7 +24,12 @@ from daskserve.exceptions import (
     ServeError,
     ServeNotRunningError,
 )
-from daskserve.transport.messages import STREAM_ACK, STREAM_HELLO, STREAM_REPLICA
+from daskserve.transport.messages import (
+    STREAM_ACK,
+    STREAM_BYE,
+    STREAM_HELLO,
+    STREAM_REPLICA,
+)
 from daskserve.transport.streams import never_raises
 
 logger = logging.getLogger(__name__)
@@ -61,6 +66,8 @@ class ServeController(SchedulerPlugin):
         self._scheduler: Scheduler | None = None
         self._instance: Instance | None = None
         self._starting = asyncio.Lock()
+        #: Clients with handles, which outlive an instance: they get the next one's.
+        self._clients: set[str] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -87,6 +94,7 @@ class ServeController(SchedulerPlugin):
             scheduler.handlers[op.__name__] = op
         scheduler.stream_handlers[STREAM_HELLO] = self._hello
         scheduler.stream_handlers[STREAM_ACK] = self._ack
+        scheduler.stream_handlers[STREAM_BYE] = self._bye
         scheduler.stream_handlers[STREAM_REPLICA] = self._replica_news
 
     async def before_close(self) -> None:
@@ -108,9 +116,9 @@ class ServeController(SchedulerPlugin):
 
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
         """End an instance that is not detached with the client that started it."""
+        self._bye(client)
         if self._instance is None:
             return
-        self._instance.publisher.unsubscribe(client)
         if client == self._instance.owner and not self._instance.detached:
             logger.info("Client %s has gone and its instance ends with it", client)
             task = asyncio.ensure_future(self.serve_shutdown())
@@ -144,6 +152,12 @@ class ServeController(SchedulerPlugin):
         subscriber = worker or client
         if self._instance is not None and subscriber is not None:
             self._instance.publisher.acked(subscriber, version)
+
+    @never_raises
+    def _bye(self, client: str) -> None:
+        self._clients.discard(client)
+        if self._instance is not None:
+            self._instance.publisher.unsubscribe(client)
 
     @never_raises
     def _replica_news(self, worker: str, replica_id: int, news: dict[str, Any]) -> None:
@@ -180,6 +194,8 @@ class ServeController(SchedulerPlugin):
             if errors:
                 await self._end()
                 raise ProxyStartError("; ".join(errors))
+            for waiting in self._clients:
+                instance.publisher.subscribe(waiting)
             return {**self._info(instance), "started": True}
 
     @_answers
@@ -224,6 +240,7 @@ class ServeController(SchedulerPlugin):
     async def serve_subscribe(self, client: str) -> dict[str, Any]:
         """Send snapshots to a client from now on; return the present one."""
         publisher = self._running().publisher
+        self._clients.add(client)
         publisher.subscribe(client)
         return {"version": publisher.version, "snapshot": publisher.snapshot}
 

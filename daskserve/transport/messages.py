@@ -95,5 +95,6 @@ STREAM_ROUTES: Final = "serve-routes"  # scheduler -> worker or client: snapshot
 STREAM_LOST: Final = "serve-lost"  # scheduler -> worker or client: a worker has gone
 STREAM_COMMAND: Final = "serve-command"  # scheduler -> worker: to one replica
 STREAM_ACK: Final = "serve-ack"  # worker or client -> scheduler: snapshot applied
+STREAM_BYE: Final = "serve-bye"  # client -> scheduler: no more snapshots, please
 STREAM_HELLO: Final = "serve-hello"  # worker -> scheduler: its plugin is set up
 STREAM_REPLICA: Final = "serve-replica"  # worker -> scheduler: a replica's news

@@ -1,0 +1,79 @@
+"""Sessions of several clients on one cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from distributed import Client
+
+import daskserve as serve
+from daskserve.session import client_session
+from tests.utils import ProcessCluster, leftover_threads
+
+NO_SERVER = {"location": "NoServer"}
+
+
+def test_handles_outlive_an_instance(process_cluster: ProcessCluster) -> None:
+    @serve.deployment
+    class Version:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def __call__(self) -> int:
+            return self.number
+
+    with process_cluster.client() as other, process_cluster.client() as client:
+        with client.as_current():
+            serve.start(client, http_options=NO_SERVER)
+            Version.deploy(1)
+        with other.as_current():
+            handle = Version.get_handle()
+            assert handle.remote().result(timeout_s=10) == 1
+            kept = client_session(other).dispatcher
+        with client.as_current():
+            serve.shutdown()
+            serve.start(client, http_options=NO_SERVER)
+            Version.deploy(2)
+        with other.as_current():
+            # deploy() has returned, so this handle knows of it.
+            assert handle.remote().result(timeout_s=10) == 2
+            assert client_session(other).dispatcher is kept
+
+
+def test_a_client_that_is_done_holds_up_nobody(process_cluster: ProcessCluster) -> None:
+    @serve.deployment(version="1")
+    def hello() -> str:
+        return "hello"
+
+    with process_cluster.client() as other, process_cluster.client() as client:
+        with client.as_current():
+            serve.start(client, http_options=NO_SERVER)
+            hello.deploy()
+        with other.as_current():
+            assert hello.get_handle().remote().result(timeout_s=10) == "hello"
+        client_session(other).close()
+        with client.as_current():
+            began = time.monotonic()
+            hello.options(num_replicas=2).deploy()
+            # Not asked any more; the answer of a silent one is waited for for 5 s.
+            assert time.monotonic() - began < 4
+        with other.as_current():
+            assert hello.get_handle().remote().result(timeout_s=10) == "hello"
+
+
+def test_threads_end_with_their_client(process_cluster: ProcessCluster) -> None:
+    with process_cluster.client() as client:
+        serve.start(client, http_options=NO_SERVER)
+        assert client_session(client).dispatcher.loop.is_running()
+    assert leftover_threads("daskserve-client") == []
+
+
+def test_an_asynchronous_client_is_to_be_awaited_first() -> None:
+    async def start() -> None:
+        client = Client("tcp://127.0.0.1:1", asynchronous=True, set_as_default=False)
+        serve.start(client)
+
+    with pytest.raises(serve.ServeError, match="is to be awaited first"):
+        asyncio.run(start())
