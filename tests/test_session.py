@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-
-import pytest
-from distributed import Client
 
 import daskserve as serve
 from daskserve.session import client_session
@@ -68,12 +64,3 @@ def test_threads_end_with_their_client(process_cluster: ProcessCluster) -> None:
         serve.start(client, http_options=NO_SERVER)
         assert client_session(client).dispatcher.loop.is_running()
     assert leftover_threads("daskserve-client") == []
-
-
-def test_an_asynchronous_client_is_to_be_awaited_first() -> None:
-    async def start() -> None:
-        client = Client("tcp://127.0.0.1:1", asynchronous=True, set_as_default=False)
-        serve.start(client)
-
-    with pytest.raises(serve.ServeError, match="is to be awaited first"):
-        asyncio.run(start())
