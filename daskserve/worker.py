@@ -55,6 +55,7 @@ class ServeWorkerPlugin(WorkerPlugin):
         self._server: HTTPServer | None = None
         self._snapshot: dict[str, Any] = {"routes": {}, "deployments": {}}
         self._channels: set[Any] = set()
+        self._closed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ServeWorkerPlugin, ()
@@ -87,8 +88,7 @@ class ServeWorkerPlugin(WorkerPlugin):
 
     async def teardown(self, worker: Worker) -> None:
         """Close everything, within a bounded time, and never raise."""
-        for op in (OP_CHANNEL, OP_BIND, OP_UNBIND):
-            worker.handlers.pop(op, None)
+        self._closed = True  # our ops stay, for who has not heard of it yet
         worker_sessions.pop(worker.address, None)
         try:
             async with asyncio.timeout(10):
@@ -145,6 +145,8 @@ class ServeWorkerPlugin(WorkerPlugin):
         self, options: bytes, port: int, share_port: bool, probe: bool
     ) -> dict[str, Any]:
         """Start an HTTP server, in the place of one that may run."""
+        if self._closed:
+            return {"error": "the worker is closing"}
         assert self._worker is not None and self._thread is not None
         assert self.session is not None
         await self._unbind(drain_s=0)
@@ -212,6 +214,9 @@ class ServeWorkerPlugin(WorkerPlugin):
     # Comms.
 
     async def _serve_channel(self, comm: Any) -> None:
+        if self._closed:
+            comm.abort()
+            return
         self._channels.add(comm)
         try:
             await serve_channel(comm, self.runners)

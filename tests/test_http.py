@@ -1394,7 +1394,10 @@ def test_head(site: Site, where: str) -> None:
             head, _, body = read_head(sock).partition(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 200 ")
             assert b"content-length: 4" in head.lower()
-            assert body == (b"page" if method == "GET" else b"")
+            if method == "GET":  # a body of HEAD would stand before this head
+                while len(body) < 4:
+                    body += sock.recv(4)
+                assert body == b"page"
 
 
 # Headers.

@@ -225,6 +225,8 @@ class Instance:
                 pass
 
     def _step(self) -> None:
+        if self._scheduler.status != Status.running:
+            return  # it closes, and its workers go for good
         now = time.monotonic()
         views = self._views()
         actions = self._state.reconcile(now, views)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from distributed import Scheduler
+from distributed.core import Status
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from daskserve.controller.actions import Failure
@@ -99,8 +100,9 @@ class ServeController(SchedulerPlugin):
 
     async def before_close(self) -> None:
         """End with the scheduler."""
-        if self._instance is not None:
-            await self._instance.close()
+        instance, self._instance = self._instance, None
+        if instance is not None:
+            await instance.close()
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
         """Look again: there may be room now."""
@@ -276,5 +278,16 @@ class ServeController(SchedulerPlugin):
         instance, self._instance = self._instance, None
         if instance is not None:
             await instance.close()
-        if NAME in self._scheduler.worker_plugins:
-            await self._scheduler.unregister_worker_plugin(comm=None, name=NAME)
+        # As `Scheduler.unregister_worker_plugin` does, but leaving workers alone that
+        # are closing, and so have taken it off already.
+        if self._scheduler.worker_plugins.pop(NAME, None) is not None:
+            running = [
+                address
+                for address, ws in self._scheduler.workers.items()
+                if ws.status == Status.running
+            ]
+            message = {"op": "plugin-remove", "name": NAME}
+            if running and self._scheduler.status == Status.running:
+                await self._scheduler.broadcast(
+                    msg=message, workers=running, on_error="return"
+                )

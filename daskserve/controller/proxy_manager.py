@@ -179,7 +179,8 @@ class ProxyManager:
             async with asyncio.timeout(drain_s + 10):
                 await getattr(self._scheduler.rpc(address), OP_UNBIND)(drain_s=drain_s)
         except (OSError, TimeoutError) as err:
-            logger.warning("HTTP server of %s was not stopped: %r", address, err)
+            # Mostly the worker is on its way out too.
+            logger.info("HTTP server of %s was not stopped: %r", address, err)
 
 
 def _hosts(scheduler: Scheduler) -> frozenset[str]:
