@@ -1,0 +1,253 @@
+"""WebSockets through proxy and replica, in one process and in two."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import httpx
+import pytest
+import websockets
+from fastapi import FastAPI, WebSocket
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+import daskserve as serve
+from tests.test_http import (
+    Notes,
+    Site,
+    _site,
+    near_and_far,
+    notes,
+    site,
+)
+from tests.utils import poll
+
+__all__ = ["_site", "notes", "site"]  # fixtures
+
+
+def make_app() -> FastAPI:
+    app = FastAPI()
+
+    @app.websocket("/echo")
+    async def echo(websocket: WebSocket) -> None:
+        wanted = websocket.scope["subprotocols"]
+        await websocket.accept(
+            subprotocol=wanted[-1] if wanted else None, headers=[(b"x-app", b"1")]
+        )
+        while (message := await websocket.receive())["type"] == "websocket.receive":
+            if message.get("text") == "close":
+                await websocket.close(4001, "so long")
+                return
+            if message.get("text") == "raise":
+                raise LookupError("on purpose")
+            if message.get("text") == "where":
+                await websocket.send_text(
+                    f"{websocket.url.path} {websocket.scope['root_path']} "
+                    f"{serve.get_replica_context().request_id}"
+                )
+                continue
+            await websocket.send({**message, "type": "websocket.send"})
+
+    @app.websocket("/refuse")
+    async def refuse(websocket: WebSocket) -> None:
+        await websocket.close()
+
+    @app.websocket("/fail")
+    async def fail(websocket: WebSocket) -> None:
+        raise LookupError("before accept")
+
+    @app.get("/")
+    async def get() -> str:
+        return "http"
+
+    return app
+
+
+@serve.ingress(make_app)
+class Sockets: ...
+
+
+def run(
+    site: Site, path: str, test: Callable[[str], Coroutine[Any, Any, None]]
+) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(30):
+            await test(path.replace("http://", "ws://"))
+
+    asyncio.run(bounded())
+
+
+@near_and_far
+def test_messages_both_ways(site: Site, where: str) -> None:
+    async def talk(url: str) -> None:
+        async with websockets.connect(url, max_size=None) as socket:
+            for message in ("text", "ü" * 1000, "", b"bytes", b"", b"x" * 3_000_000):
+                await socket.send(message)
+                assert await socket.recv() == message
+            for n in range(500):
+                await socket.send(str(n))
+            assert [await socket.recv() for _ in range(500)] == [
+                str(n) for n in range(500)
+            ]
+
+    deployment = site.deploy(Sockets, where=where)
+    run(site, site.at(deployment, "/echo"), talk)
+
+
+@near_and_far
+def test_handshake(site: Site, where: str) -> None:
+    async def shake(url: str) -> None:
+        async with websockets.connect(
+            url, subprotocols=["a", "b"], additional_headers={"x-request-id": "ws-1"}
+        ) as socket:
+            assert socket.subprotocol == "b"
+            headers = socket.response.headers  # type: ignore[union-attr]
+            assert (headers["x-app"], headers["x-request-id"]) == ("1", "ws-1")
+            await socket.send("where")
+            prefix = f"/{deployment.name}"
+            assert await socket.recv() == f"{prefix}/echo {prefix} ws-1"
+
+    deployment = site.deploy(Sockets, where=where)
+    run(site, site.at(deployment, "/echo"), shake)
+
+
+@pytest.mark.parametrize("path", ["/refuse", "/nothing"])
+@near_and_far
+def test_refused_before_accept(site: Site, where: str, path: str) -> None:
+    async def connect(url: str) -> None:
+        with pytest.raises(InvalidStatus) as info:
+            await websockets.connect(url)
+        assert info.value.response.status_code == 403
+
+    run(site, site.at(site.deploy(Sockets, where=where), path), connect)
+
+
+def test_no_route(site: Site) -> None:
+    async def connect(url: str) -> None:
+        with pytest.raises(InvalidStatus) as info:
+            await websockets.connect(url)
+        assert info.value.response.status_code == 403
+
+    run(site, f"{site.url}/nobody/echo", connect)
+
+
+def test_a_plain_callable_refuses(site: Site) -> None:
+    async def connect(url: str) -> None:
+        with pytest.raises(InvalidStatus) as info:
+            await websockets.connect(url)
+        assert info.value.response.status_code == 403
+
+    run(site, site.at(site.deploy(lambda: "plain", name="plain")), connect)
+
+
+@near_and_far
+def test_an_app_that_fails_before_accept(site: Site, where: str) -> None:
+    async def connect(url: str) -> None:
+        with pytest.raises(InvalidStatus) as info:
+            await websockets.connect(url)
+        assert info.value.response.status_code == 500
+
+    run(site, site.at(site.deploy(Sockets, where=where), "/fail"), connect)
+
+
+@near_and_far
+def test_close_codes_of_the_app(site: Site, where: str) -> None:
+    async def close(url: str) -> None:
+        async with websockets.connect(url) as socket:
+            await socket.send("close")
+            with pytest.raises(ConnectionClosed) as info:
+                await socket.recv()
+            assert info.value.rcvd is not None
+            assert (info.value.rcvd.code, info.value.rcvd.reason) == (4001, "so long")
+
+    run(site, site.at(site.deploy(Sockets, where=where), "/echo"), close)
+
+
+@near_and_far
+def test_an_app_that_fails_closes(site: Site, where: str) -> None:
+    async def fail(url: str) -> None:
+        async with websockets.connect(url) as socket:
+            await socket.send("raise")
+            with pytest.raises(ConnectionClosed):
+                await socket.recv()
+
+    deployment = site.deploy(Sockets, where=where)
+    run(site, site.at(deployment, "/echo"), fail)
+    assert httpx.get(site.at(deployment, "/")).json() == "http"
+
+
+@near_and_far
+def test_the_app_sees_how_the_client_closed(
+    site: Site, where: str, notes: Notes
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            assert (await receive())["type"] == "websocket.connect"
+            await send({"type": "websocket.accept"})
+            event = await receive()
+            notes.add(f"{event['code']} {event.get('reason')}")
+
+    @serve.ingress(app)
+    class Watcher: ...
+
+    async def leave(url: str) -> None:
+        socket = await websockets.connect(url)
+        await socket.close(4002, "enough")
+
+    run(site, site.at(site.deploy(Watcher, where=where)), leave)
+    notes.wait("4002 enough")
+
+
+@near_and_far
+def test_a_replica_that_stops_says_goodbye(site: Site, where: str) -> None:
+    deployment = site.deploy(Sockets, where=where)
+
+    async def stay(url: str) -> None:
+        async with websockets.connect(url) as socket:
+            await socket.send("hello")
+            await socket.recv()
+            deleting = asyncio.create_task(asyncio.to_thread(deployment.delete))
+            with pytest.raises(ConnectionClosed) as info:
+                await socket.recv()
+            assert info.value.rcvd is not None and info.value.rcvd.code == 1001
+            await deleting
+
+    run(site, site.at(deployment, "/echo"), stay)
+
+
+@near_and_far
+def test_sockets_hold_their_places_until_they_close(site: Site, where: str) -> None:
+    deployment = site.deploy(Sockets, where=where, max_ongoing_requests=2)
+
+    async def hold(url: str) -> None:
+        for _ in range(3):
+            async with websockets.connect(url) as one, websockets.connect(url) as two:
+                for socket in (one, two):
+                    await socket.send("here")
+                    assert await socket.recv() == "here"
+
+    for _ in range(2):
+        run(site, site.at(deployment, "/echo"), hold)
+    assert poll(lambda: httpx.get(site.at(deployment, "/")).status_code == 200)
+
+
+@near_and_far
+def test_many_sockets_and_http_beside_them(site: Site, where: str) -> None:
+    deployment = site.deploy(Sockets, where=where, max_ongoing_requests=300)
+
+    async def one(url: str, n: int) -> None:
+        async with websockets.connect(url, open_timeout=20) as socket:
+            for i in range(10):
+                await socket.send(f"{n}-{i}")
+                assert await socket.recv() == f"{n}-{i}"
+
+    async def crowd(url: str) -> None:
+        sockets = [asyncio.create_task(one(url, n)) for n in range(100)]
+        async with httpx.AsyncClient(timeout=10) as client:
+            for _ in range(20):
+                answer = await client.get(site.at(deployment, "/"))
+                assert answer.json() == "http"
+        await asyncio.gather(*sockets)
+
+    run(site, site.at(deployment, "/echo"), crowd)
