@@ -113,6 +113,7 @@ class Runner:
         self._accepting = False
         self._stopping = False
         self._idle = asyncio.Event()
+        self._reconfiguring = asyncio.Lock()
         self._servable = Servable(
             spec, lambda: self._thread.call_soon(self._deserted_ended)
         )
@@ -156,6 +157,9 @@ class Runner:
         self._accepting = False
         for key in [*self._http, *self._websockets, *self._calls]:
             self._send_stopped(*key)
+        for reply_to, message in self._inbox.take_all():
+            if message[0] in OPENING:  # never handed to user code
+                reply_to.send((REFUSED, message[1], "stopping"))
         self.close(timeout_s=0)
 
     def close(self, timeout_s: float = 2) -> None:
@@ -188,7 +192,8 @@ class Runner:
         self._enter(None)
         error = None
         try:
-            await self._servable.reconfigure(user_config)
+            async with self._reconfiguring:  # in order: the last one asked for wins
+                await self._servable.reconfigure(user_config)
         except BaseException as err:
             error = "".join(traceback.format_exception(err))
         self._report(

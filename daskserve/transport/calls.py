@@ -8,6 +8,7 @@ from collections.abc import Hashable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
+from daskserve.exceptions import DeploymentUnavailableError
 from daskserve.transport.dispatcher import Call, Dispatcher, timeout_error
 from daskserve.transport.loops import Mailbox
 from daskserve.transport.messages import CALL, Message
@@ -43,7 +44,9 @@ class CallSender:
 
     def send(self, request: CallRequest) -> None:
         """Start a call; any thread. Cancel its answer to cancel the call."""
-        self._inbox.put(request)
+        if not self._inbox.put(request):
+            stopped = DeploymentUnavailableError("daskserve is stopping here.")
+            request.answer.set_exception(stopped)
 
     def _begin(self, batch: list[CallRequest]) -> None:
         for request in batch:

@@ -116,6 +116,10 @@ class CommPipe:
         except OSError as err:
             logger.debug("channel %s broke: %s", self._comm, err)
             self._comm.abort()
+        except Exception:
+            # Better that all on this channel fails than that it is never answered.
+            logger.exception("channel %s cannot send", self._comm)
+            self._comm.abort()
 
 
 class Exchange:
@@ -306,10 +310,13 @@ class LocalChannel(Channel):
 
 
 class _MailboxReply:
-    __slots__ = ("send",)
+    __slots__ = ("_mailbox",)
 
     def __init__(self, mailbox: Mailbox[Message]) -> None:
-        self.send = mailbox.put
+        self._mailbox = mailbox
+
+    def send(self, message: Message) -> None:
+        self._mailbox.put(message)
 
 
 async def serve_channel(comm: Any, inboxes: Mapping[int, Inbox]) -> None:

@@ -198,7 +198,8 @@ class Dispatcher:
             unavailable = DeploymentUnavailableError("daskserve is stopping here.")
         if unavailable is not None:
             raise unavailable
-        if group.max_queued is not None and len(group.waiting) >= group.max_queued:
+        full = group.max_queued is not None and len(group.waiting) >= group.max_queued
+        if full and not call.refused:  # one that was refused had its turn already
             raise QueueFullError(
                 f"Request dropped: {len(group.waiting)} requests wait for deployment "
                 f"{group.name!r} already (max_queued_requests={group.max_queued})."
@@ -420,10 +421,15 @@ class Call:
         self.group = dispatcher.groups.get(self._name) or await dispatcher.group(
             self._name
         )
-        self.slot = await dispatcher.acquire(self, self.group)
+        while self._aborted is None:
+            self.slot = await dispatcher.acquire(self, self.group)
+            if self.slot.reachable:
+                break
+            self.finish()  # its connection broke while the place was handed out
         if self._aborted is not None:
             self.finish()
             raise self._aborted
+        assert self.slot is not None
         self._channel = dispatcher.channel(self.slot)
         self._exchange = self._channel.open()
         self._exchange.on_grant = self.on_grant

@@ -7,11 +7,13 @@ loop for each replica. What crosses between them goes through a `Mailbox`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
+from contextvars import Context
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
@@ -49,22 +51,34 @@ class Mailbox(Generic[T]):
         self._items: deque[T] = deque()
         self._awake = False
 
-    def put(self, item: T) -> None:
-        """Queue `item`; any thread. A closed loop drops it: nobody is there to read."""
+    def put(self, item: T) -> bool:
+        """Queue `item`; any thread. False if the loop is closed: nobody is there."""
         self._items.append(item)
         # Append before looking: `_drain` clears the flag before it takes the items, so
         # either it sees this item or this thread sees the cleared flag.
         if not self._awake:
             self._awake = True
             try:
-                self._loop.call_soon_threadsafe(self._drain)
+                # In a context of its own: what is begun on behalf of one item is not
+                # to see the variables of whoever put another.
+                self._loop.call_soon_threadsafe(self._drain, context=Context())
             except RuntimeError:
+                self._awake = False
                 self._items.clear()
+                return False
+        return True
+
+    def take_all(self) -> list[T]:
+        """Take what is queued away from `deliver`; any thread."""
+        taken = []
+        with contextlib.suppress(IndexError):
+            while True:
+                taken.append(self._items.popleft())
+        return taken
 
     def _drain(self) -> None:
         self._awake = False
-        items = self._items
-        batch = [items.popleft() for _ in range(len(items))]
+        batch = self.take_all()
         if batch:
             self._deliver(batch)
 
