@@ -77,26 +77,25 @@ class ClientWatch:
         Small bodies are read whole before a replica is asked, so that a slow sender
         holds no place in it.
         """
-        event = await self._receive()
-        if event["type"] == "http.disconnect":
-            raise ClientGoneError
-        body, more = event.get("body", b""), event.get("more_body", False)
-        self._count(body)
-        if more and len(body) < enough_bytes:
-            self._info.body_unread = True
-            parts, size = [body], len(body)
-            try:
-                async with asyncio.timeout_at(self._deadline):
-                    while more and size < enough_bytes:
-                        part, more = await self._next_part()
-                        parts.append(part)
-                        size += len(part)
-            except TimeoutError:
-                assert self._timeout_s is not None
-                raise timeout_error(self._info.deployment, self._timeout_s) from None
-            body = b"".join(parts)
+        headers = self._info.headers
+        if b"content-length" not in headers and b"transfer-encoding" not in headers:
+            body, more = await self._next_part()  # comes at once: no timer is needed
+            self._info.body_unread = more
+            return body, more
+        self._info.body_unread = True
+        parts: list[bytes] = []
+        size, more = 0, True
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                while more and size < enough_bytes:
+                    part, more = await self._next_part()
+                    parts.append(part)
+                    size += len(part)
+        except TimeoutError:
+            assert self._timeout_s is not None
+            raise timeout_error(self._info.deployment, self._timeout_s) from None
         self._info.body_unread = more
-        return body, more
+        return b"".join(parts), more
 
     def start(self, more_body: bool) -> None:
         """Begin to watch: at once if there is a body to forward, else after a while."""

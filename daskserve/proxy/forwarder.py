@@ -12,7 +12,15 @@ from starlette.types import Receive, Scope, Send
 from daskserve.config import HTTPOptions
 from daskserve.exceptions import ReplicaDiedError, RequestError
 from daskserve.proxy.client_watch import ClientGoneError, ClientWatch
-from daskserve.proxy.request import SCOPE_KEY, CutError, RequestInfo, origin, respond
+from daskserve.proxy.request import (
+    PEER_KEY,
+    SCOPE_KEY,
+    TRUSTED_PEERS,
+    CutError,
+    RequestInfo,
+    origin,
+    respond,
+)
 from daskserve.proxy.routes import RouteTable
 from daskserve.proxy.websocket import WebSocketRelay
 from daskserve.transport.dispatcher import Call, Dispatcher
@@ -35,9 +43,6 @@ IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 EAGER_BODY_BYTES = 64 * 1024
 #: Credit is given back in steps of this many bytes.
 CREDIT_STEP_BYTES = 128 * 1024
-#: Peers that are believed what they say in ``X-Forwarded-Prefix``; as uvicorn does for
-#: the other such headers. A Unix socket's peers have no address.
-TRUSTED_PEERS = frozenset({"127.0.0.1", "::1", ""})
 
 _PREFIX = re.compile(rb"(/[^/\s?#%\\]+)+")
 
@@ -93,8 +98,8 @@ class Forwarder:
         """Return what a proxy in front has stripped from the path."""
         forwarded = info.headers.get(b"x-forwarded-prefix")
         if forwarded is not None:
-            client = scope["client"]
-            trusted = (client[0] if client else "") in TRUSTED_PEERS
+            peer = scope[PEER_KEY]  # a Unix socket's peers have no address
+            trusted = not peer or not peer[0] or peer[0] in TRUSTED_PEERS
             prefix = forwarded.rstrip(b"/")
             if trusted and _PREFIX.fullmatch(prefix):
                 return prefix.decode("latin-1")

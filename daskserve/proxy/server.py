@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import uvicorn
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from daskserve.config import HTTPOptions
 from daskserve.exceptions import ProxyStartError
 from daskserve.proxy.forwarder import Forwarder
 from daskserve.proxy.front import wrap
+from daskserve.proxy.request import PEER_KEY, TRUSTED_PEERS
 from daskserve.transport.dispatcher import Dispatcher
 
 BACKLOG = 2048
@@ -113,11 +115,15 @@ class HTTPServer:
     def _config(self) -> uvicorn.Config:
         options = self._options
         password = options.ssl_keyfile_password
+        app: Any = wrap(self._forwarder, options)
+        app = ProxyHeadersMiddleware(app, trusted_hosts=list(TRUSTED_PEERS))
         return uvicorn.Config(
-            wrap(self._forwarder, options),
+            _NotesPeer(app),
             interface="asgi3",
             lifespan="off",
+            proxy_headers=False,  # done above, where the peer is known before
             log_config=None,
+            log_level="warning",  # at INFO it has paths with their query strings
             access_log=False,
             server_header=False,
             backlog=BACKLOG,
@@ -153,6 +159,17 @@ class HTTPServer:
                 f"http_options, or port 0 for any free one."
             )
         return f"{text}{error}"
+
+
+class _NotesPeer:
+    """Keep the peer's own address, before headers say whom it speaks for."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        scope[PEER_KEY] = scope["client"]
+        await self._app(scope, receive, send)
 
 
 class _Server(uvicorn.Server):

@@ -43,6 +43,8 @@ class WebSocketRelay:
         self._granted = 0
         self._room = asyncio.Event()
         self._accepted = False
+        #: How the client has gone, if it has.
+        self._gone: Message | None = None
 
     async def run(
         self, head: tuple[Any, ...], scope: Scope, receive: Receive, send: Send
@@ -106,8 +108,9 @@ class WebSocketRelay:
             self._accepted = True
         try:
             await send(event)
-        except OSError:
-            return  # the client has gone; the pump tells the app
+        except OSError:  # the client has gone, and the pump may wait for room
+            self._call.send(EVENT, {"type": "websocket.disconnect", "code": 1006})
+            return
         payload = event.get("bytes") or event.get("text") or event.get("body")
         if payload:
             self._call.send(CREDIT, len(payload))
@@ -122,13 +125,17 @@ class WebSocketRelay:
                     await self._room.wait()
                 payload = event.get("bytes") or event.get("text") or b""
                 self._granted -= len(payload)
-            self._call.send(EVENT, dict(event))
             if event["type"] == "websocket.disconnect":
+                self._gone = dict(event)  # sent again if no replica has it yet
+            self._call.send(EVENT, dict(event))
+            if self._gone is not None:
                 return
 
     def _grant(self, more_bytes: int) -> None:
         self._granted += more_bytes
         self._room.set()
+        if self._gone is not None:
+            self._call.send(EVENT, self._gone)
 
 
 async def refuse(send: Send, status: int, text: str) -> None:

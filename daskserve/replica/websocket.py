@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from starlette.types import Message, Scope
@@ -140,9 +141,10 @@ class WebSocketExchange:
         while self._on_the_way >= self._window and not self.disconnected:
             self._changed.clear()
             await self._changed.wait()
+        plain = _plain(event)
         self._sent = kind
-        self._on_the_way += event_bytes(event)
-        self.reply_to.send((PUSH, self.exchange_id, _plain(event)))
+        self._on_the_way += event_bytes(plain)
+        self.reply_to.send((PUSH, self.exchange_id, plain))
         if kind == "websocket.close":
             self.disconnect(event.get("code", 1000), event.get("reason") or "")
 
@@ -159,10 +161,39 @@ def _disconnect(code: int, reason: str) -> Message:
 
 def _plain(event: Message) -> Message:
     """Return an event as msgpack can carry it."""
-    plain = dict(event)
-    if "headers" in plain:
-        plain["headers"] = [(bytes(k), bytes(v)) for k, v in plain["headers"]]
-    for name in ("bytes", "body"):
-        if isinstance(plain.get(name), bytearray | memoryview):
-            plain[name] = bytes(plain[name])
+    plain = {"type": event["type"]}
+    for name, make in _FIELDS.items():
+        value = event.get(name)
+        if value is not None:
+            plain[name] = make(value)
     return plain
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    raise TypeError(f"{value!r} in a WebSocket's event is not a str")
+
+
+def _bytes(value: Any) -> bytes:
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    raise TypeError(f"{value!r} in a WebSocket's event is not bytes")
+
+
+def _headers(value: Any) -> list[tuple[bytes, bytes]]:
+    return [(_bytes(name), _bytes(content)) for name, content in value]
+
+
+#: What the events of an app may have, and what makes it fit to travel.
+_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "text": _text,
+    "bytes": _bytes,
+    "body": _bytes,
+    "subprotocol": _text,
+    "reason": _text,
+    "headers": _headers,
+    "code": int,
+    "status": int,
+    "more_body": bool,
+}
