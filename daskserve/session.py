@@ -81,6 +81,7 @@ class Session:
             kind, text = reply["kind"], reply["text"]
             error = getattr(exceptions, kind, None) or _BUILTIN_ERRORS.get(kind)
             raise (error or ServeError)(text)
+        self._controller_answered()
         return reply.get("result")
 
     def run(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Any:
@@ -103,6 +104,9 @@ class Session:
 
     async def _call_scheduler(self, op: str, message: dict[str, Any]) -> Any:
         raise NotImplementedError  # pragma: no cover
+
+    def _controller_answered(self) -> None:
+        """Note that there is an instance; on Dask's loop."""
 
     async def connect(self, address: str) -> Any:
         """Open a comm to a worker; on any loop."""
@@ -129,6 +133,8 @@ class ClientSession(Session):
         self._thread: LoopThread | None = None
         self._dispatcher: Dispatcher | None = None
         self._lock = threading.Lock()
+        #: The connection on which snapshots come; None if none do.
+        self._subscribed_on: Any = None
 
     @property
     def client(self) -> Client:
@@ -155,6 +161,7 @@ class ClientSession(Session):
     def close(self) -> None:
         """End the transport thread; the session can be used again."""
         with self._lock:
+            self._subscribed_on = None
             thread, self._thread = self._thread, None
             dispatcher, self._dispatcher = self._dispatcher, None
         if thread is not None and dispatcher is not None:
@@ -199,15 +206,34 @@ class ClientSession(Session):
             if dispatcher is not None:
                 thread.call_soon(dispatcher.worker_lost, worker)
 
-        async def subscribe() -> None:
-            client._stream_handlers[STREAM_ROUTES] = take_routes
-            client._stream_handlers[STREAM_LOST] = take_lost
-            with contextlib.suppress(ServeNotRunningError):
-                take_routes(**await self.rpc("serve_subscribe", client=client.id))
-
-        _loop(client).add_callback(subscribe)
+        client._stream_handlers[STREAM_ROUTES] = take_routes
+        client._stream_handlers[STREAM_LOST] = take_lost
+        _loop(client).add_callback(self._subscribe)
         thread.submit(_close_with_client(client_ref, self))
         return dispatcher
+
+    async def _subscribe(self) -> None:
+        client = self.client
+        self._subscribed_on = client.scheduler_comm
+        try:
+            snapshot = await self.rpc("serve_subscribe", client=client.id)
+        except ServeNotRunningError:
+            self._subscribed_on = None  # until the controller answers something
+        else:
+            take_routes: Any = client._stream_handlers[STREAM_ROUTES]
+            take_routes(**snapshot)
+
+    def _controller_answered(self) -> None:
+        client = self._client()
+        if self._dispatcher is not None and client is not None:
+            if self._subscribed_on is not client.scheduler_comm:
+                _loop(client).add_callback(self._subscribe)
+
+    def follow_reconnection(self, client: Client) -> None:
+        """Subscribe again if the client's connection is a new one; any thread."""
+        lost = self._subscribed_on not in (None, client.scheduler_comm)
+        if lost and client.status == "running":
+            _loop(client).add_callback(self._subscribe)
 
 
 def _address(client: Client) -> str:
@@ -229,6 +255,7 @@ async def _close_with_client(
 ) -> None:
     """Wait on the transport loop for the client's end; threads do not outlive it."""
     while (client := client_ref()) is not None and client.status != "closed":
+        session.follow_reconnection(client)
         del client
         await asyncio.sleep(0.5)
     threading.Thread(target=session.close, name="daskserve-close", daemon=True).start()

@@ -68,6 +68,10 @@ class HeadProxy:
 
         self._thread.submit(take())
 
+    def worker_lost(self, address: str) -> None:
+        """Fail at once what waits for a worker that has gone."""
+        self._thread.call_soon(self._dispatcher.worker_lost, address)
+
     async def close(self, drain_s: float) -> None:
         """Stop the server and its thread."""
         if self._server is not None:

@@ -183,10 +183,13 @@ class Instance:
         """Note that a task has left memory, which may be a replica's actor."""
         self._launcher.key_left_memory(key)
 
-    def replica_news(self, replica_id: int, news: dict[str, Any]) -> None:
+    def replica_news(self, worker: str, replica_id: int, news: dict[str, Any]) -> None:
         """Take what a replica reports of itself."""
         now = time.monotonic()
         event = news["event"]
+        if event in ("initializing", "started") and not self._state.knows(replica_id):
+            self._discard(worker, replica_id)  # it was stopped before it had begun
+            return
         if event == "initializing":
             self._state.replica_initializing(replica_id, pid=news["pid"], now=now)
         elif event == "started":
@@ -205,8 +208,16 @@ class Instance:
         if own_fault:
             self._state.replica_failed(replica_id, reason, now=now)
         else:
+            # Its worker may well be there, and go on running it.
+            for worker in list(self._scheduler.workers):
+                self._discard(worker, replica_id)
             self._state.replica_lost(replica_id, reason, now=now)
         self._wake.set()
+
+    def _discard(self, worker: str, replica_id: int) -> None:
+        self._command(
+            worker, command="stop", replica_id=replica_id, grace_s=0.0, poll_s=0.0
+        )
 
     # The loop: compare what is wanted with what is there, again and again.
 

@@ -164,7 +164,7 @@ class ServeController(SchedulerPlugin):
     @never_raises
     def _replica_news(self, worker: str, replica_id: int, news: dict[str, Any]) -> None:
         if self._instance is not None:
-            self._instance.replica_news(replica_id, news)
+            self._instance.replica_news(worker, replica_id, news)
 
     # Ops.
 

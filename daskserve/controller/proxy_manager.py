@@ -170,7 +170,7 @@ class ProxyManager:
                 self._publisher.acked(LOCAL, version)
 
             self._head = HeadProxy(self._scheduler, acked)
-            self._publisher.subscribe_local(self._head.take_routes)
+            self._publisher.subscribe_local(self._head)
         routes = self._publisher.snapshot["routes"]
         return await self._head.bind(self._config.options, self._port, routes)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from distributed import Scheduler
 
@@ -18,6 +17,16 @@ logger = logging.getLogger(__name__)
 Subscriber = str
 #: The proxy in the scheduler's own process.
 LOCAL = "scheduler"
+
+
+class LocalSubscriber(Protocol):
+    """The proxy in the scheduler's own process."""
+
+    def take_routes(self, version: int, snapshot: dict[str, Any]) -> None:
+        """Take a snapshot."""
+
+    def worker_lost(self, address: str) -> None:
+        """Note that a worker has gone."""
 
 
 class Publisher:
@@ -39,7 +48,7 @@ class Publisher:
         self._ack_timeout_s = ack_timeout_s
         self._acked: dict[Subscriber, int] = {}
         self._ack = asyncio.Event()
-        self._local: Callable[[int, dict[str, Any]], None] | None = None
+        self._local: LocalSubscriber | None = None
 
     def publish(self, snapshot: dict[str, Any]) -> None:
         """Send a snapshot to all who subscribed, if it is news."""
@@ -54,9 +63,9 @@ class Publisher:
         self._acked[subscriber] = -1
         self._send(subscriber)
 
-    def subscribe_local(self, take: Callable[[int, dict[str, Any]], None]) -> None:
-        """Add the proxy in this process; `take` gets number and snapshot."""
-        self._local = take
+    def subscribe_local(self, local: LocalSubscriber) -> None:
+        """Add the proxy in this process."""
+        self._local = local
         self.subscribe(LOCAL)
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
@@ -98,8 +107,11 @@ class Publisher:
     def worker_lost(self, address: str) -> None:
         """Tell everybody that a worker has gone, so that nobody waits for it."""
         self.unsubscribe(address)
-        for subscriber in self._acked:
-            if subscriber != LOCAL:
+        for subscriber in list(self._acked):
+            if subscriber == LOCAL:
+                assert self._local is not None
+                self._local.worker_lost(address)
+            else:
                 message = {"op": STREAM_LOST, "worker": address}
                 self._send_message(subscriber, message)
 
@@ -109,7 +121,7 @@ class Publisher:
     def _send(self, subscriber: Subscriber) -> None:
         if subscriber == LOCAL:
             if self._local is not None:
-                self._local(self.version, self.snapshot)
+                self._local.take_routes(self.version, self.snapshot)
             return
         message = {
             "op": STREAM_ROUTES,

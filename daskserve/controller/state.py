@@ -308,6 +308,21 @@ class ControllerState:
         if found := self._find(replica_id):
             events.reconfigured(*found, config_generation, error, now)
 
+    def knows(self, replica_id: int) -> bool:
+        """Whether a replica is one that is there for something.
+
+        Parameters
+        ----------
+        replica_id
+            Number of the replica.
+
+        Returns
+        -------
+        bool
+            False once it was released.
+        """
+        return self._find(replica_id) is not None
+
     def _find(self, replica_id: int) -> tuple[ManagedDeployment, Replica] | None:
         d = self._shared.owners.get(replica_id)
         if d is None or not d.replicas[replica_id].worker:
