@@ -595,7 +595,8 @@ def test_forwarded_prefix(site: Site) -> None:
     site.deploy(Pages, route_prefix="/pages")
     site.deploy(Api, route_prefix="/api")
     front = "/user/me/proxy/8000"
-    headers = {"X-Forwarded-Prefix": front}
+    # The address of the browser does not hide that of the proxy.
+    headers = {"X-Forwarded-Prefix": front, "X-Forwarded-For": "192.0.2.7"}
     check_pages(site.url, f"{front}/pages", "/pages", headers)
     check_docs(site.url, f"{front}/api", "/api", headers)
 
@@ -1112,8 +1113,9 @@ def test_timeout_while_the_body_comes(site: Site, notes: Notes) -> None:
 
     deployment = site.deploy(read, request_timeout_s=0.3)
     url = site.at(deployment)
-    with send_request(url, "POST", "Content-Length: 10\r\n", b"12345") as sock:
-        assert b" 504 " in read_all(sock)  # and the connection is closed
+    for begun in (b"12345", b""):
+        with send_request(url, "POST", "Content-Length: 10\r\n", begun) as sock:
+            assert b" 504 " in read_all(sock)  # and the connection is closed
     assert notes.read() == []  # a slow sender holds no place
 
 
@@ -1717,6 +1719,9 @@ def test_token(start: Callable[..., Site]) -> None:
         assert httpx.get(site.url + "/-/healthz", headers=headers).text == "success"
     with httpx.Client(headers={"authorization": "Bearer open-sesame"}) as client:
         assert [client.get(url).status_code for url in paths] == [200, 200, 404]
+    # No other path can be had under the name of the one that is open.
+    forwarded = {"X-Forwarded-Prefix": "/-"}
+    assert httpx.get(site.url + "/-/healthz", headers=forwarded).status_code == 401
     assert "open-sesame" not in site.cluster.logs()
 
 

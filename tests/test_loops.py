@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import anyio
 import anyio.lowlevel
@@ -65,7 +66,7 @@ def test_a_stopped_loop_drops_what_comes() -> None:
     thread.start()
     mailbox = Mailbox[int](thread.loop, lambda batch: None)
     assert thread.stop()
-    mailbox.put(1)
+    assert mailbox.put(1) is False
     thread.call_soon(print)
     with pytest.raises(RuntimeError):
         thread.submit(asyncio.sleep(0))
@@ -155,3 +156,13 @@ def test_a_user_task_cancelled_before_it_began_warns_of_nothing() -> None:
 
     assert thread.submit(cancel_at_once()).result(5)
     assert thread.stop()
+
+
+def test_items_do_not_see_the_context_of_who_put_others(thread: LoopThread) -> None:
+    user = ContextVar("user", default="nobody")
+    seen: list[str] = []
+    mailbox = Mailbox[int](thread.loop, lambda batch: seen.append(user.get()))
+    user.set("alice")
+    mailbox.put(1)
+    poll(lambda: seen)
+    assert seen == ["nobody"]

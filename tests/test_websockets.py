@@ -41,6 +41,8 @@ def make_app() -> FastAPI:
                 return
             if message.get("text") == "raise":
                 raise LookupError("on purpose")
+            if message.get("text") == "nonsense":
+                await websocket.send({"type": "websocket.send", "text": object()})
             if message.get("text") == "where":
                 await websocket.send_text(
                     f"{websocket.url.path} {websocket.scope['root_path']} "
@@ -175,6 +177,40 @@ def test_an_app_that_fails_closes(site: Site, where: str) -> None:
     deployment = site.deploy(Sockets, where=where)
     run(site, site.at(deployment, "/echo"), fail)
     assert httpx.get(site.at(deployment, "/")).json() == "http"
+
+
+@near_and_far
+def test_nonsense_harms_nobody_else(site: Site, where: str) -> None:
+    async def talk(url: str) -> None:
+        async with websockets.connect(url) as socket, websockets.connect(url) as other:
+            await socket.send("nonsense")
+            with pytest.raises(ConnectionClosed):
+                await socket.recv()
+            await other.send("still here")
+            assert await other.recv() == "still here"
+
+    deployment = site.deploy(Sockets, where=where)
+    run(site, site.at(deployment, "/echo"), talk)
+
+
+@near_and_far
+def test_a_client_that_leaves_the_queue_gives_its_place_back(
+    site: Site, where: str
+) -> None:
+    deployment = site.deploy(Sockets, where=where, max_ongoing_requests=1)
+
+    async def leave(url: str) -> None:
+        async with websockets.connect(url) as first:
+            await first.send("here")
+            assert await first.recv() == "here"
+            for _ in range(3):
+                with pytest.raises(TimeoutError):
+                    await websockets.connect(url, open_timeout=0.3)
+        async with websockets.connect(url, open_timeout=10) as last:
+            await last.send("served")
+            assert await last.recv() == "served"
+
+    run(site, site.at(deployment, "/echo"), leave)
 
 
 @near_and_far
