@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -166,3 +167,18 @@ def test_items_do_not_see_the_context_of_who_put_others(thread: LoopThread) -> N
     mailbox.put(1)
     poll(lambda: seen)
     assert seen == ["nobody"]
+
+
+def test_what_was_submitted_is_not_collected(thread: LoopThread) -> None:
+    ended = threading.Event()
+
+    async def wait_for_what_nobody_else_knows() -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            ended.set()
+
+    thread.submit(wait_for_what_nobody_else_knows())
+    thread.submit(asyncio.sleep(0)).result(5)
+    thread.submit(asyncio.to_thread(gc.collect)).result(5)
+    assert not ended.is_set()

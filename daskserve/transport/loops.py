@@ -100,6 +100,7 @@ class LoopThread:
         if user_code:
             self.loop.set_task_factory(_make_guarded_task)
         self._stopping: asyncio.Event | None = None
+        self._submitted: set[Future[Any]] = set()
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -128,10 +129,15 @@ class LoopThread:
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Run `coroutine` on the loop; any thread."""
         try:
-            return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+            future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         except RuntimeError:
             coroutine.close()
             raise
+        # The loop holds tasks weakly: one that waits for what only it knows would be
+        # collected with it.
+        self._submitted.add(future)
+        future.add_done_callback(self._submitted.discard)
+        return future
 
     def stop(self, timeout_s: float = 5) -> bool:
         """Cancel what runs on the loop and end the thread; True when it has ended.
