@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import psutil
+import pytest
 import uvicorn
 from distributed import Client, Security
 
@@ -431,3 +433,15 @@ def _settle(look: Callable[[], list[T]], timeout: float) -> list[T]:
     except AssertionError:
         return look()
     return []
+
+
+def need_program(name: str) -> str:
+    """Return the path of a program of the system's; skip the test if it is missing.
+
+    CI installs all of them, so there a missing one is a failure.
+    """
+    path = shutil.which(name)
+    if path is None:
+        assert not os.environ.get("CI"), f"CI has to install {name}"
+        pytest.skip(f"{name} is not installed")
+    return path
