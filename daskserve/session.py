@@ -29,6 +29,7 @@ from daskserve.transport.messages import (
     STREAM_ACK,
     STREAM_BYE,
     STREAM_LOST,
+    STREAM_QUEUED,
     STREAM_ROUTES,
 )
 
@@ -206,8 +207,21 @@ class ClientSession(Session):
             if dispatcher is not None:
                 thread.call_soon(dispatcher.worker_lost, worker)
 
+        def take_queued(queued: dict[str, int]) -> None:
+            dispatcher = dispatcher_ref()
+            if dispatcher is not None:
+                thread.call_soon(dispatcher.queues.take_totals, queued)
+
+        def report_queued(queued: dict[str, int]) -> None:
+            client = client_ref()
+            if client is not None and client.status == "running":
+                message = {"op": STREAM_QUEUED, "queued": queued}
+                _loop(client).add_callback(client._send_to_scheduler, message)
+
+        dispatcher.queues.send = report_queued
         client._stream_handlers[STREAM_ROUTES] = take_routes
         client._stream_handlers[STREAM_LOST] = take_lost
+        client._stream_handlers[STREAM_QUEUED] = take_queued
         _loop(client).add_callback(self._subscribe)
         thread.submit(_close_with_client(client_ref, self))
         return dispatcher

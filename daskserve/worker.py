@@ -31,6 +31,7 @@ from daskserve.transport.messages import (
     STREAM_COMMAND,
     STREAM_HELLO,
     STREAM_LOST,
+    STREAM_QUEUED,
     STREAM_REPLICA,
     STREAM_ROUTES,
 )
@@ -77,12 +78,14 @@ class ServeWorkerPlugin(WorkerPlugin):
             )
 
         self.session = WorkerSession(worker, make_dispatcher)
+        self.session.dispatcher.queues.send = self._report_queued
         worker_sessions[worker.address] = self.session
         worker.handlers[OP_CHANNEL] = self._serve_channel
         worker.handlers[OP_BIND] = self._bind
         worker.handlers[OP_UNBIND] = self._unbind
         worker.stream_handlers[STREAM_ROUTES] = self._take_routes
         worker.stream_handlers[STREAM_LOST] = self._take_lost
+        worker.stream_handlers[STREAM_QUEUED] = self._take_queued
         worker.stream_handlers[STREAM_COMMAND] = self._take_command
         self._send({"op": STREAM_HELLO})
 
@@ -126,6 +129,14 @@ class ServeWorkerPlugin(WorkerPlugin):
     def _take_lost(self, worker: str) -> None:
         assert self._thread is not None and self.session is not None
         self._thread.call_soon(self.session.dispatcher.worker_lost, worker)
+
+    @never_raises
+    def _take_queued(self, queued: dict[str, int]) -> None:
+        assert self._thread is not None and self.session is not None
+        self._thread.call_soon(self.session.dispatcher.queues.take_totals, queued)
+
+    def _report_queued(self, queued: dict[str, int]) -> None:
+        self._send({"op": STREAM_QUEUED, "queued": queued})
 
     @never_raises
     def _take_command(self, command: str, replica_id: int, **details: Any) -> None:

@@ -27,15 +27,26 @@ class HeadProxy:
         Whose TLS settings are used for connections to workers.
     on_ack
         Told the number of each snapshot that took effect; on the scheduler's loop.
+    on_queued
+        Told how many requests wait here, by deployment; on the scheduler's loop.
     """
 
-    def __init__(self, scheduler: Scheduler, on_ack: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        on_ack: Callable[[int], None],
+        on_queued: Callable[[dict[str, int]], None],
+    ) -> None:
         self._scheduler = scheduler
         self._on_ack = on_ack
         self._thread = LoopThread("daskserve-head")
         self._thread.start()
-        self._connect_timeout_s = Settings.load().connect_timeout_s
+        self._settings = Settings.load()
         self._dispatcher = Dispatcher(self._thread.loop, self._connect)
+        loop = asyncio.get_running_loop()
+        self._dispatcher.queues.send = lambda queued: loop.call_soon_threadsafe(
+            on_queued, queued
+        )
         self._server: Any = None
 
     async def bind(self, options: bytes, port: int, routes: Any) -> dict[str, Any]:
@@ -71,6 +82,10 @@ class HeadProxy:
     def worker_lost(self, address: str) -> None:
         """Fail at once what waits for a worker that has gone."""
         self._thread.call_soon(self._dispatcher.worker_lost, address)
+
+    def take_queued(self, queued: dict[str, int]) -> None:
+        """Note how many requests wait in all processes."""
+        self._thread.call_soon(self._dispatcher.queues.take_totals, queued)
 
     async def close(self, drain_s: float) -> None:
         """Stop the server and its thread."""

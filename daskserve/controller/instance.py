@@ -242,6 +242,7 @@ class Instance:
         views = self._views()
         actions = self._state.reconcile(now, views)
         self.publisher.publish(self._state.routing())
+        self.publisher.publish_queues(now)
         for action in actions:
             self._perform(action)
         if self.proxies.due(now, views):

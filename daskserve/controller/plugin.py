@@ -29,6 +29,7 @@ from daskserve.transport.messages import (
     STREAM_ACK,
     STREAM_BYE,
     STREAM_HELLO,
+    STREAM_QUEUED,
     STREAM_REPLICA,
 )
 from daskserve.transport.streams import never_raises
@@ -96,6 +97,7 @@ class ServeController(SchedulerPlugin):
         scheduler.stream_handlers[STREAM_HELLO] = self._hello
         scheduler.stream_handlers[STREAM_ACK] = self._ack
         scheduler.stream_handlers[STREAM_BYE] = self._bye
+        scheduler.stream_handlers[STREAM_QUEUED] = self._queued
         scheduler.stream_handlers[STREAM_REPLICA] = self._replica_news
 
     async def before_close(self) -> None:
@@ -154,6 +156,18 @@ class ServeController(SchedulerPlugin):
         subscriber = worker or client
         if self._instance is not None and subscriber is not None:
             self._instance.publisher.acked(subscriber, version)
+
+    @never_raises
+    def _queued(
+        self,
+        queued: dict[str, int],
+        worker: str | None = None,
+        client: str | None = None,
+    ) -> None:
+        subscriber = worker or client
+        if self._instance is not None and subscriber is not None:
+            if self._instance.publisher.has(subscriber):
+                self._instance.publisher.queues.report(subscriber, queued)
 
     @never_raises
     def _bye(self, client: str) -> None:

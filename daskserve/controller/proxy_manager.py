@@ -169,7 +169,10 @@ class ProxyManager:
             def acked(version: int) -> None:
                 self._publisher.acked(LOCAL, version)
 
-            self._head = HeadProxy(self._scheduler, acked)
+            def queued(queued: dict[str, int]) -> None:
+                self._publisher.queues.report(LOCAL, queued)
+
+            self._head = HeadProxy(self._scheduler, acked, queued)
             self._publisher.subscribe_local(self._head)
         routes = self._publisher.snapshot["routes"]
         return await self._head.bind(self._config.options, self._port, routes)

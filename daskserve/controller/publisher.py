@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from distributed import Scheduler
 
-from daskserve.transport.messages import STREAM_LOST, STREAM_ROUTES
+from daskserve.controller.queues import QueueBoard
+from daskserve.transport.messages import STREAM_LOST, STREAM_QUEUED, STREAM_ROUTES
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,9 @@ class LocalSubscriber(Protocol):
 
     def worker_lost(self, address: str) -> None:
         """Note that a worker has gone."""
+
+    def take_queued(self, queued: dict[str, int]) -> None:
+        """Note how many requests wait in all processes."""
 
 
 class Publisher:
@@ -49,6 +53,8 @@ class Publisher:
         self._acked: dict[Subscriber, int] = {}
         self._ack = asyncio.Event()
         self._local: LocalSubscriber | None = None
+        #: Who has how many requests waiting.
+        self.queues = QueueBoard()
 
     def publish(self, snapshot: dict[str, Any]) -> None:
         """Send a snapshot to all who subscribed, if it is news."""
@@ -70,6 +76,7 @@ class Publisher:
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
         """Forget one that has gone."""
+        self.queues.forget(subscriber)
         if self._acked.pop(subscriber, None) is not None:
             self._ack.set()
 
@@ -113,6 +120,19 @@ class Publisher:
                 self._local.worker_lost(address)
             else:
                 message = {"op": STREAM_LOST, "worker": address}
+                self._send_message(subscriber, message)
+
+    def publish_queues(self, now: float) -> None:
+        """Tell everybody how many requests wait, if that is news."""
+        queued = self.queues.due(now)
+        if queued is None:
+            return
+        for subscriber in list(self._acked):
+            if subscriber == LOCAL:
+                assert self._local is not None
+                self._local.take_queued(queued)
+            else:
+                message = {"op": STREAM_QUEUED, "queued": queued}
                 self._send_message(subscriber, message)
 
     def _behind(self, version: int) -> list[Subscriber]:

@@ -28,6 +28,7 @@ from daskserve.transport.channel import (
     LocalChannel,
 )
 from daskserve.transport.messages import CANCEL, REFUSED, Message
+from daskserve.transport.queue_reports import QueueReports
 from daskserve.transport.router import Router, Slot
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class Dispatcher:
         self.groups: dict[str, Group] = {}
         #: Called with every new snapshot, after it took effect.
         self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
+        self.queues = QueueReports(loop, self._count_waiting)
         self._connect = connect
         self._local_address = local_address
         self._local = LocalChannel(loop, inboxes) if inboxes is not None else None
@@ -198,18 +200,15 @@ class Dispatcher:
             unavailable = DeploymentUnavailableError("daskserve is stopping here.")
         if unavailable is not None:
             raise unavailable
-        full = group.max_queued is not None and len(group.waiting) >= group.max_queued
-        if full and not call.refused:  # one that was refused had its turn already
-            raise QueueFullError(
-                f"Request dropped: {len(group.waiting)} requests wait for deployment "
-                f"{group.name!r} already (max_queued_requests={group.max_queued})."
-            )
+        if not call.refused:  # one that was refused had its turn already
+            self._check_queue(group)
         waiter: asyncio.Future[Slot] = self.loop.create_future()
         if call.refused:  # it had its turn already: back to the head of the queue
             group.waiting.appendleft(waiter)
             self.loop.call_later(REFUSED_PAUSE_S, self._hand_out, group)
         else:
             group.waiting.append(waiter)
+        self.queues.changed()
         call.waiter = waiter
         try:
             return await waiter
@@ -234,6 +233,19 @@ class Dispatcher:
         if slot.local and self._local is not None:
             return self._local
         return self._channels[slot.worker]
+
+    def _check_queue(self, group: Group) -> None:
+        if group.max_queued is None:
+            return
+        waiting = len(group.waiting) + self.queues.elsewhere(group.name)
+        if waiting >= group.max_queued:
+            raise QueueFullError(
+                f"Request dropped: {waiting} requests wait for deployment "
+                f"{group.name!r} already (max_queued_requests={group.max_queued})."
+            )
+
+    def _count_waiting(self) -> dict[str, int]:
+        return {n: len(g.waiting) for n, g in self.groups.items() if g.waiting}
 
     def _connected(self, slot: Slot) -> bool:
         """Whether there is a connection to a replica; begins one if there is none."""
