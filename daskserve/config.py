@@ -665,6 +665,9 @@ class Settings(_Frozen):
         Upper limit of that for a whole deployment.
     window_bytes
         Bytes of one request or response that may be on their way unread.
+    proxy_buffer_bytes
+        Bytes of all responses together that one proxy may hold; beyond, windows
+        shrink.
     connect_timeout_s
         Seconds for opening a connection to a replica's worker.
     """
@@ -678,6 +681,7 @@ class Settings(_Frozen):
     window_bytes: Annotated[ByteCount, AfterValidator(_positive)] = _configured(
         "transport.window"
     )
+    proxy_buffer_bytes: ByteCount = _configured("transport.proxy-buffer")
     connect_timeout_s: PositiveSeconds = _configured("transport.connect-timeout")
 
     @classmethod

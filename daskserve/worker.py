@@ -17,6 +17,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 from daskserve import pickling
 from daskserve.config import HTTPOptions
 from daskserve.proxy.server import HTTPServer
+from daskserve.proxy.windows import Windows
 from daskserve.replica.actor import PLUGIN_NAME, ReplicaSpec
 from daskserve.replica.runner import Runner
 from daskserve.session import WorkerSession, worker_sessions
@@ -164,8 +165,12 @@ class ServeWorkerPlugin(WorkerPlugin):
         try:
             http_options = pickling.loads(options)
             assert isinstance(http_options, HTTPOptions)
+            settings = self.session.settings
             server = HTTPServer(
-                self.session.dispatcher, http_options, f"worker {self._worker.address}"
+                self.session.dispatcher,
+                http_options,
+                Windows(settings.proxy_buffer_bytes, settings.window_bytes),
+                f"worker {self._worker.address}",
             )
             starting = server.start(
                 port=port,

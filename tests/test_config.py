@@ -723,6 +723,7 @@ def test_settings_defaults() -> None:
         "max_constructor_failures": 3,
         "max_constructor_failures_total": 20,
         "window_bytes": 2**20,
+        "proxy_buffer_bytes": 2**28,
         "connect_timeout_s": 5,
     }
 
@@ -740,6 +741,7 @@ def test_settings_defaults() -> None:
             9,
         ),
         ("transport.window", 1000, "window_bytes", 1000),
+        ("transport.proxy-buffer", "1 MiB", "proxy_buffer_bytes", 2**20),
         ("transport.connect-timeout", "1 minute", "connect_timeout_s", 60),
     ],
 )
@@ -757,6 +759,7 @@ def test_settings(key: str, value: object, name: str, result: object) -> None:
         ("controller.max-constructor-failures", 0),
         ("controller.max-constructor-failures-total", "20"),
         ("transport.window", 0),
+        ("transport.proxy-buffer", -1),
         ("transport.connect-timeout", None),
     ],
 )

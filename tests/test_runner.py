@@ -57,6 +57,7 @@ HEAD = (
     "/D",
     "id1",
     False,
+    WINDOW,
 )
 
 

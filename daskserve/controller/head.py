@@ -53,12 +53,15 @@ class HeadProxy:
         """Start the server; return its URL and port, or what went wrong."""
         # Only here does a scheduler need uvicorn.
         from daskserve.proxy.server import HTTPServer
+        from daskserve.proxy.windows import Windows
 
         try:
             http_options = pickling.loads(options)
             assert isinstance(http_options, HTTPOptions)
             where = f"the scheduler at {self._scheduler.address}"
-            server = HTTPServer(self._dispatcher, http_options, where)
+            settings = self._settings
+            windows = Windows(settings.proxy_buffer_bytes, settings.window_bytes)
+            server = HTTPServer(self._dispatcher, http_options, windows, where)
             starting = server.start(
                 port=port, share_port=False, probe=False, routes=routes
             )
@@ -100,6 +103,6 @@ class HeadProxy:
     async def _connect(self, address: str) -> Any:
         return await connect(
             address,
-            timeout=self._connect_timeout_s,
+            timeout=self._settings.connect_timeout_s,
             **self._scheduler.connection_args,
         )

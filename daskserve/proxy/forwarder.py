@@ -23,6 +23,7 @@ from daskserve.proxy.request import (
 )
 from daskserve.proxy.routes import RouteTable
 from daskserve.proxy.websocket import WebSocketRelay
+from daskserve.proxy.windows import Windows
 from daskserve.transport.dispatcher import Call, Dispatcher
 from daskserve.transport.messages import (
     CHUNK,
@@ -41,7 +42,8 @@ logger = logging.getLogger(__name__)
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 #: A body up to this size is read before a replica's place is taken.
 EAGER_BODY_BYTES = 64 * 1024
-#: Credit is given back in steps of this many bytes.
+RETRY_AFTER = (b"retry-after", b"1")
+#: Credit is given back in steps of at most this many bytes.
 CREDIT_STEP_BYTES = 128 * 1024
 
 _PREFIX = re.compile(rb"(/[^/\s?#%\\]+)+")
@@ -56,12 +58,17 @@ class Forwarder:
         The process's way to the replicas.
     options
         The instance's HTTP options.
+    windows
+        What this proxy may hold of responses.
     """
 
-    def __init__(self, dispatcher: Dispatcher, options: HTTPOptions) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, options: HTTPOptions, windows: Windows
+    ) -> None:
         self.draining = False
         self._dispatcher = dispatcher
         self._options = options
+        self._windows = windows
         self._table = RouteTable({})
 
     def set_routes(self, routes: dict[str, str]) -> None:
@@ -82,17 +89,22 @@ class Forwarder:
         if match is None:
             return await self._not_found(path, scope, send)
         info.prefix, info.deployment = match
-        head = (*_head(scope, root_path, path, info), self._options.debug)
-        timeout_s = self._timeout_s(info)
-        if websocket:
-            relay = WebSocketRelay(self._dispatcher, info.deployment, timeout_s)
-            return await relay.run(head, scope, receive, send)
+        window = self._windows.take()
         try:
+            head = (*_head(scope, root_path, path, info), self._options.debug, window)
+            timeout_s = self._timeout_s(info)
+            if websocket:
+                relay = WebSocketRelay(self._dispatcher, info.deployment, timeout_s)
+                return await relay.run(head, scope, receive, send)
             await self._forward(head, timeout_s, info, receive, send)
         except ClientGoneError:
             raise
         except RequestError as err:
+            if websocket:
+                raise
             await self._respond_error(send, info, err)
+        finally:
+            self._windows.give_back(window)
 
     def _root_path_of(self, scope: Scope, info: RequestInfo) -> str:
         """Return what a proxy in front has stripped from the path."""
@@ -162,7 +174,7 @@ class Forwarder:
             retry = not more_body and head[0] in IDEMPOTENT
             message = await call.first(make, retry_lost=retry)
             watch.response_began()
-            await self._answer(call, message, send)
+            await self._answer(call, message, send, window_bytes=head[-1])
         except BaseException:
             call.cancel()
             raise
@@ -175,6 +187,7 @@ class Forwarder:
         call: Call,
         message: tuple[Any, ...],
         send: Send,
+        window_bytes: int,
     ) -> None:
         op = message[0]
         if op == RESPONSE:
@@ -182,7 +195,7 @@ class Forwarder:
             await send({"type": "http.response.body", "body": message[4]})
         elif op == START:
             await _send_start(send, message)
-            await self._stream(call, send)
+            await self._stream(call, send, min(CREDIT_STEP_BYTES, window_bytes // 2))
         elif op == ERROR and message[2] == STOPPED:
             raise ReplicaDiedError(message[4])
         elif op == ERROR:
@@ -209,7 +222,7 @@ class Forwarder:
                 {"type": "http.response.body", "body": data, "more_body": more_body}
             )
             owed += len(data)
-            if owed >= CREDIT_STEP_BYTES and more_body:
+            if owed >= step_bytes and more_body:
                 call.send(CREDIT, owed)
                 owed = 0
 
@@ -247,7 +260,7 @@ async def _send_start(send: Send, message: tuple[Any, ...]) -> None:
 def _head(
     scope: Scope, root_path: str, path: str, info: RequestInfo
 ) -> tuple[Any, ...]:
-    """Return `messages.HEAD_FIELDS` but the last; `path` is without root path."""
+    """Return `messages.HEAD_FIELDS` but the last two; `path` is without root path."""
     raw_path: bytes = scope.get("raw_path") or path.encode()
     if root_path:
         if path == scope["path"]:  # the root path was stripped on the way

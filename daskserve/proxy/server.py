@@ -17,7 +17,9 @@ from daskserve.config import HTTPOptions
 from daskserve.exceptions import ProxyStartError
 from daskserve.proxy.forwarder import Forwarder
 from daskserve.proxy.front import wrap
+from daskserve.proxy.protocol import SWEEP_S, Guard
 from daskserve.proxy.request import PEER_KEY, TRUSTED_PEERS
+from daskserve.proxy.windows import Windows
 from daskserve.transport.dispatcher import Dispatcher
 
 BACKLOG = 2048
@@ -32,19 +34,26 @@ class HTTPServer:
         The process's way to the replicas.
     options
         The instance's HTTP options.
+    windows
+        What it may hold of responses.
     where
         How errors name this process, such as ``"worker tcp://..."``.
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, options: HTTPOptions, where: str
+        self,
+        dispatcher: Dispatcher,
+        options: HTTPOptions,
+        windows: Windows,
+        where: str,
     ) -> None:
         self.url = ""
         self.port = 0
         self._dispatcher = dispatcher
         self._options = options
         self._where = where
-        self._forwarder = Forwarder(dispatcher, options)
+        self._forwarder = Forwarder(dispatcher, options, windows)
+        self._guard = Guard(options)
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
 

@@ -43,7 +43,8 @@ class HttpExchange:
     message
         The ``REQUEST`` message.
     window_bytes
-        How much of the response may be on its way to the client.
+        How much of the request's body may be on its way here, and of the response if
+        the caller holds that much.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class HttpExchange:
         self._charged = False
         self._start: tuple[int, Headers] | None = None
         self._held: tuple[int, Headers, bytes] | None = None
-        self._window = window_bytes
+        self._window = min(window_bytes, self.head["window_bytes"])
+        #: Largest piece, so that many exchanges share a channel.
+        self._max_chunk = min(MAX_CHUNK_BYTES, self._window)
         self._on_the_way = 0
         self._changed: asyncio.Event | None = None
         if self._more_body:  # taken: the caller may send the rest
@@ -165,7 +168,7 @@ class HttpExchange:
     async def _send_body(self, body: bytes, more_body: bool) -> None:
         assert self._start is not None
         if not self.response_started and not more_body:
-            if len(body) <= MAX_CHUNK_BYTES:
+            if len(body) <= self._max_chunk:
                 whole = (*self._start, bytes(body))
                 if self.head["debug"] and self._start[0] >= 500:
                     self._held = whole  # perhaps the error behind it comes out yet
@@ -176,12 +179,12 @@ class HttpExchange:
                 return
         self._flush_start()
         view = memoryview(body)
-        for i in range(0, len(view), MAX_CHUNK_BYTES):
+        for i in range(0, len(view), self._max_chunk):
             while self._on_the_way >= self._window:
                 if self.disconnected:
                     return
                 await self._change()
-            chunk = bytes(view[i : i + MAX_CHUNK_BYTES])
+            chunk = bytes(view[i : i + self._max_chunk])
             last = not more_body and i + len(chunk) == len(view)
             self._on_the_way += len(chunk)
             self.reply_to.send((CHUNK, self.exchange_id, chunk, not last))

@@ -58,7 +58,7 @@ class WebSocketExchange:
         self.disconnected = False
         self._events: deque[Message] = deque([{"type": "websocket.connect"}])
         self._sent = ""
-        self._window = window_bytes
+        self._window = min(window_bytes, self.head["window_bytes"])
         self._on_the_way = 0
         self._changed = asyncio.Event()
         reply_to.send((GRANT, self.exchange_id, window_bytes))

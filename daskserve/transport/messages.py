@@ -74,6 +74,7 @@ HEAD_FIELDS: Final = (
     "root_path",
     "request_id",
     "debug",
+    "window_bytes",  # how much of the response the caller will hold
 )
 
 # Kinds of `ERROR`.
