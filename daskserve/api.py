@@ -125,6 +125,8 @@ def start(
         An instance runs with other options: the text names the difference.
     EnvironmentMismatchError
         daskserve is missing on the scheduler or a worker, or of another version.
+    ServeConfigError
+        Plain HTTP would leave the machine of a cluster that has TLS.
     ValueError
         An option is unknown or its value is not allowed.
 
@@ -258,6 +260,7 @@ async def _start(
     if not isinstance(session, ClientSession):  # inside the cluster: it runs
         return await _connect(session)
     client = session.client
+    _check_exposure(options, session.address)
     await environment.check(client)
     await client.register_plugin(ServeController(), name=NAME)
     info = await session.rpc(
@@ -277,6 +280,17 @@ async def _start(
     if not info["started"]:
         _check_same(info, options, detached, given)
     return ServeInstance(session, info)
+
+
+def _check_exposure(options: HTTPOptions, scheduler: str) -> None:
+    """Refuse to undo, by plain HTTP, what a cluster's TLS is there for."""
+    encrypted = scheduler.startswith(("tls://", "wss://"))
+    if encrypted and options.exposed and not options.allow_plain_http:
+        raise ServeConfigError(
+            f"host={options.host!r} would serve HTTP beyond this machine without TLS, "
+            f"from a cluster that has TLS ({scheduler}): give ssl_certfile and "
+            f"ssl_keyfile, or allow_plain_http=True if that is meant"
+        )
 
 
 def _check_same(

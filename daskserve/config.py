@@ -15,6 +15,7 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from enum import Enum
+from ipaddress import ip_address
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeGuard
@@ -166,6 +167,10 @@ def _bearer(value: SecretStr) -> SecretStr:
     return value
 
 
+def _bare_host(value: str) -> str:
+    return value[1:-1] if value.startswith("[") and value.endswith("]") else value
+
+
 def _path_prefix(value: object) -> str:
     """Check a path that goes in front of others: of a deployment or a whole server."""
     if not isinstance(value, str):
@@ -257,7 +262,8 @@ Host = Annotated[
     str,
     _where(
         lambda value: isinstance(value, str) and re.fullmatch(r"[^\s/]+", value),
-        "give a name or address such as '0.0.0.0', or None for no HTTP server",
+        "give a name or address such as '0.0.0.0', an interface such as "
+        "'interface:ib0', or None for no HTTP server",
     ),
 ]
 Location = Annotated[
@@ -323,7 +329,8 @@ class HTTPOptions(_Options):
     Parameters
     ----------
     host
-        Name or address to bind; None for no server.
+        Name or address to bind, such as ``"0.0.0.0"`` or ``"::1"``, or an interface,
+        such as ``"interface:ib0"``; None for no server.
     port
         0 to 65535; 0 takes any free one.
     location
@@ -346,6 +353,8 @@ class HTTPOptions(_Options):
         Paths of PEM files on the server's host. The first two go together.
     ssl_keyfile_password
         Password of `ssl_keyfile`; never shown.
+    allow_plain_http
+        Whether HTTP without TLS may leave the machine of a cluster that has TLS.
     uds
         Path of a Unix socket to bind in place of `host` and `port`.
     token
@@ -362,7 +371,7 @@ class HTTPOptions(_Options):
     0.5
     """
 
-    host: Host | None = _configured("http.host")
+    host: Annotated[Host, AfterValidator(_bare_host)] | None = _configured("http.host")
     port: Annotated[int, _whole_number(0, 65535)] = _configured("http.port")
     location: Location | None = _configured("http.location")
     root_path: Annotated[str, PlainValidator(_root_path)] = _configured(
@@ -379,6 +388,7 @@ class HTTPOptions(_Options):
     ssl_keyfile: Text | None = _configured("http.ssl-keyfile")
     ssl_keyfile_password: Secret | None = _configured("http.ssl-keyfile-password")
     ssl_ca_certs: Text | None = _configured("http.ssl-ca-certs")
+    allow_plain_http: Flag = _configured("http.allow-plain-http")
     uds: Text | None = _configured("http.uds")
     token: Annotated[Secret, AfterValidator(_bearer)] | None = _configured("http.token")
 
@@ -422,6 +432,17 @@ class HTTPOptions(_Options):
     def server_enabled(self) -> bool:
         """Whether there is to be any HTTP server."""
         return self.location not in (None, "NoServer") and self.host is not None
+
+    @property
+    def exposed(self) -> bool:
+        """Whether HTTP leaves the machine, and is not encrypted."""
+        if self.uds or self.ssl_certfile or not self.server_enabled:
+            return False
+        assert self.host is not None
+        try:
+            return not ip_address(self.host).is_loopback
+        except ValueError:  # a name or an interface
+            return self.host not in ("localhost", "interface:lo")
 
     def difference(self, other: HTTPOptions) -> dict[str, tuple[Any, Any]]:
         """Return the options that differ, as ``{name: (own value, other's value)}``.

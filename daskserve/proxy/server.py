@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import uvicorn
+from distributed.utils import get_ip_interface
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from daskserve.config import HTTPOptions
@@ -23,6 +24,8 @@ from daskserve.proxy.windows import Windows
 from daskserve.transport.dispatcher import Dispatcher
 
 BACKLOG = 2048
+#: After so many silent seconds, then as often, so many times in vain: it is dead.
+KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 
 
 class HTTPServer:
@@ -81,16 +84,18 @@ class HTTPServer:
         options = self._options
         try:
             sock = self._bind(port, share_port, probe)
-        except OSError as err:
+        except (OSError, ValueError) as err:
             raise ProxyStartError(self._bind_error(port, err)) from err
         try:
             self._forwarder.set_routes(dict(routes))
+            self._check_files()
             config = self._config()
             config.load()
         except Exception as err:
             sock.close()
+            why = str(err) if isinstance(err, OSError) else repr(err)
             raise ProxyStartError(
-                f"cannot start an HTTP server on {self._where}: {err!r}"
+                f"cannot start an HTTP server on {self._where}: {why}"
             ) from err
         scheme = "https" if options.ssl_certfile else "http"
         if options.uds is not None:
@@ -121,6 +126,13 @@ class HTTPServer:
     def _take_snapshot(self, snapshot: Mapping[str, Any]) -> None:
         self._forwarder.set_routes(dict(snapshot["routes"]))
 
+    def _check_files(self) -> None:
+        """Raise an error that names the file, if one cannot be read: ssl's do not."""
+        options = self._options
+        for path in (options.ssl_certfile, options.ssl_keyfile, options.ssl_ca_certs):
+            if path is not None:
+                open(path, "rb").close()
+
     def _config(self) -> uvicorn.Config:
         options = self._options
         password = options.ssl_keyfile_password
@@ -150,6 +162,7 @@ class HTTPServer:
         if self._options.uds is not None:
             return _bind_unix(self._options.uds)
         assert self._options.host is not None
+        host = _address(self._options.host)
         if probe and port:
             # Whoever shares the port is to be ours: without sharing, the kernel tells
             # whether a stranger, or another instance of daskserve, holds it already.
@@ -159,10 +172,10 @@ class HTTPServer:
         sock.setblocking(False)
         return sock
 
-    def _bind_error(self, port: int, error: OSError) -> str:
+    def _bind_error(self, port: int, error: OSError | ValueError) -> str:
         target = self._options.uds or f"{self._options.host}:{port}"
         text = f"cannot start an HTTP server on {self._where} at {target}: "
-        if error.errno == errno.EADDRINUSE:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             return (
                 f"{text}the address is in use already. Give another port in "
                 f"http_options, or port 0 for any free one."
@@ -197,6 +210,13 @@ class _Server(uvicorn.Server):
         yield
 
 
+def _address(host: str) -> str:
+    """Return what to bind; `ValueError` if there is no such interface here."""
+    if host.startswith("interface:"):
+        return str(get_ip_interface(host.removeprefix("interface:")))
+    return host
+
+
 def _bind_tcp(host: str, port: int, *, share_port: bool) -> socket.socket:
     found = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -205,6 +225,7 @@ def _bind_tcp(host: str, port: int, *, share_port: bool) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _find_dead_peers(sock)
         if share_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(address)
@@ -212,6 +233,17 @@ def _bind_tcp(host: str, port: int, *, share_port: bool) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _find_dead_peers(sock: socket.socket) -> None:
+    """Let the kernel ask peers that are silent; connections take it from `sock`.
+
+    A client whose machine has lost its power or its network says no goodbye.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEP_ALIVE.items():
+        if hasattr(socket, name):  # they differ between systems
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _bind_unix(path: str) -> socket.socket:
