@@ -347,6 +347,16 @@ class HTTPOptions(_Options):
     max_request_body_bytes
         Larger bodies are refused; bytes or a string such as ``"4 GiB"``; None for no
         limit.
+    header_timeout_s
+        Seconds that a client may take to send a request's head.
+    max_header_bytes
+        Larger heads, request line included, are refused.
+    stall_timeout_s
+        Seconds for which a client may send nothing of the body that it announced, or
+        take next to nothing of a response that waits for it, before it is cut off.
+    max_connections
+        Connections that one server holds at once. Beyond, those are closed that have
+        been idle for longest, and where none is idle new ones get a 503.
     debug
         Whether responses to failed requests have the traceback.
     ssl_certfile, ssl_keyfile, ssl_ca_certs
@@ -383,6 +393,12 @@ class HTTPOptions(_Options):
     max_request_body_bytes: ByteCount | None = _configured(
         "http.max-request-body-bytes"
     )
+    header_timeout_s: PositiveSeconds = _configured("http.header-timeout")
+    max_header_bytes: Annotated[ByteCount, AfterValidator(_positive)] = _configured(
+        "http.max-header-bytes"
+    )
+    stall_timeout_s: PositiveSeconds = _configured("http.stall-timeout")
+    max_connections: Count = _configured("http.max-connections")
     debug: Flag = _configured("http.debug")
     ssl_certfile: Text | None = _configured("http.ssl-certfile")
     ssl_keyfile: Text | None = _configured("http.ssl-keyfile")

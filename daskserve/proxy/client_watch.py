@@ -10,6 +10,7 @@ import asyncio
 
 from starlette.types import Receive
 
+from daskserve.config import HTTPOptions
 from daskserve.exceptions import RequestError, RequestTooLargeError
 from daskserve.proxy.request import RequestInfo
 from daskserve.transport.dispatcher import Call, timeout_error
@@ -25,6 +26,12 @@ class ClientGoneError(RequestError):
     status_code = 499
 
 
+class ClientStalledError(RequestError):
+    """The client does not send the body that it announced."""
+
+    status_code = 408
+
+
 class ClientWatch:
     """Read the request's body, and abort the call when the client goes or time is up.
 
@@ -36,8 +43,8 @@ class ClientWatch:
         The server's ASGI ``receive``.
     timeout_s
         Time until the response has to begin, from now; None for no limit.
-    max_body_bytes
-        Limit of the request's body; None for no limit.
+    options
+        The instance's, for limits of the body.
     info
         The request's; its `body_unread` is kept up to date.
     """
@@ -48,13 +55,14 @@ class ClientWatch:
         receive: Receive,
         *,
         timeout_s: float | None,
-        max_body_bytes: int | None,
+        options: HTTPOptions,
         info: RequestInfo,
     ) -> None:
         self._call = call
         self._receive = receive
         self._timeout_s = timeout_s
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes = options.max_request_body_bytes
+        self._stall_timeout_s = options.stall_timeout_s
         self._info = info
         self._loop = asyncio.get_running_loop()
         self._deadline = None if timeout_s is None else self._loop.time() + timeout_s
@@ -88,7 +96,7 @@ class ClientWatch:
         try:
             async with asyncio.timeout_at(self._deadline):
                 while more and size < enough_bytes:
-                    part, more = await self._next_part()
+                    part, more = await self._next_part_in_time()
                     parts.append(part)
                     size += len(part)
         except TimeoutError:
@@ -134,7 +142,7 @@ class ClientWatch:
     async def _run(self) -> None:
         try:
             while self._info.body_unread:
-                part, more = await self._next_part()
+                part, more = await self._next_part_in_time()
                 for i in range(0, len(part) or 1, MAX_CHUNK_BYTES):
                     chunk = part[i : i + MAX_CHUNK_BYTES]
                     await self._wait_for_room()
@@ -147,6 +155,16 @@ class ClientWatch:
             raise ClientGoneError
         except RequestError as err:
             self._call.abort(err)
+
+    async def _next_part_in_time(self) -> tuple[bytes, bool]:
+        try:
+            async with asyncio.timeout(self._stall_timeout_s):
+                return await self._next_part()
+        except TimeoutError:
+            raise ClientStalledError(
+                f"No more of the request's body came for {self._stall_timeout_s:g} s "
+                f"(stall_timeout_s)."
+            ) from None
 
     async def _next_part(self) -> tuple[bytes, bool]:
         event = await self._receive()

@@ -13,6 +13,7 @@ from daskserve.config import HTTPOptions
 from daskserve.exceptions import ReplicaDiedError, RequestError
 from daskserve.proxy.client_watch import ClientGoneError, ClientWatch
 from daskserve.proxy.request import (
+    FULL_KEY,
     PEER_KEY,
     SCOPE_KEY,
     TRUSTED_PEERS,
@@ -83,6 +84,9 @@ class Forwarder:
         websocket = scope["type"] == "websocket"
         if path.startswith("/-/") and not websocket:
             return await self._serve_own(path, scope, send)
+        if scope.get(FULL_KEY):
+            text = "This server has as many connections as it may (max_connections)."
+            return await respond(send, 503, text, RETRY_AFTER)
         if match is None and websocket:
             await receive()
             return await send({"type": "websocket.close"})  # before accept: a 403
@@ -160,7 +164,7 @@ class Forwarder:
             call,
             receive,
             timeout_s=timeout_s,
-            max_body_bytes=self._options.max_request_body_bytes,
+            options=self._options,
             info=info,
         )
         try:
@@ -204,7 +208,7 @@ class Forwarder:
         else:  # pragma: no cover
             raise AssertionError(f"unexpected message {op} from a replica")
 
-    async def _stream(self, call: Call, send: Send) -> None:
+    async def _stream(self, call: Call, send: Send, step_bytes: int) -> None:
         owed = 0
         more_body = True
         while more_body:
@@ -245,9 +249,7 @@ class Forwarder:
         self, send: Send, info: RequestInfo, error: RequestError
     ) -> None:
         logger.info("Request %s: %s", info.request_id, error)
-        extra: list[tuple[bytes, bytes]] = []
-        if error.status_code == 503:
-            extra.append((b"retry-after", b"1"))
+        extra = [RETRY_AFTER] if error.status_code == 503 else []
         text = str(error) or type(error).__name__
         await respond(send, error.status_code, text, *extra)
 

@@ -104,7 +104,7 @@ class HTTPServer:
             host, self.port = sock.getsockname()[:2]
             self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
         self._dispatcher.listeners.append(self._take_snapshot)
-        self._server = _Server(config)
+        self._server = _Server(config, self._guard)
         self._task = asyncio.ensure_future(self._server.serve(sockets=[sock]))
         await self._server.ready.wait()
         return self.url
@@ -141,10 +141,11 @@ class HTTPServer:
         return uvicorn.Config(
             _NotesPeer(app),
             interface="asgi3",
+            http=self._guard.protocol,  # type: ignore[arg-type]
             lifespan="off",
             proxy_headers=False,  # done above, where the peer is known before
             log_config=None,
-            log_level="warning",  # at INFO it has paths with their query strings
+            log_level="error",  # INFO has query strings, and WARNING what clients cause
             access_log=False,
             server_header=False,
             backlog=BACKLOG,
@@ -166,8 +167,8 @@ class HTTPServer:
         if probe and port:
             # Whoever shares the port is to be ours: without sharing, the kernel tells
             # whether a stranger, or another instance of daskserve, holds it already.
-            _bind_tcp(self._options.host, port, share_port=False).close()
-        sock = _bind_tcp(self._options.host, port, share_port=share_port)
+            _bind_tcp(host, port, share_port=False).close()
+        sock = _bind_tcp(host, port, share_port=share_port)
         sock.listen(BACKLOG)
         sock.setblocking(False)
         return sock
@@ -197,13 +198,19 @@ class _NotesPeer:
 class _Server(uvicorn.Server):
     """uvicorn's server without its hands on the process's signals."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, guard: Guard) -> None:
         super().__init__(config)
         self.ready = asyncio.Event()
+        self._guard = guard
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.ready.set()
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % round(SWEEP_S / 0.1) == 0:  # uvicorn calls it every 0.1 s
+            self._guard.sweep(asyncio.get_running_loop().time())
+        return await super().on_tick(counter)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

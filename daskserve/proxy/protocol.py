@@ -1,0 +1,357 @@
+"""uvicorn's HTTP/1.1 with an end to every wait for a client; on the transport loop.
+
+A `Guard` for each server has the limits and sweeps over its connections, so that no
+request costs a timer. Who asks properly and in time does not notice any of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+from httptools import HttpParserError, HttpRequestParser
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from daskserve.config import HTTPOptions
+from daskserve.proxy.request import FULL_KEY
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two looks at the connections.
+SWEEP_S = 0.5
+#: A client that takes less of a response that waits for it has stalled, in bytes/s
+#: (as Kestrel's ``MinResponseDataRate``).
+MIN_RATE = 240
+#: How long a client that is not done sending is listened to, once it has its answer.
+LINGER_S = 2.0
+#: Connections beyond the limit that still get an answer, health checks a real one.
+SPARE_CONNECTIONS = 64
+
+
+class Guard:
+    """What the connections of one server share.
+
+    Parameters
+    ----------
+    options
+        The instance's HTTP options.
+    """
+
+    def __init__(self, options: HTTPOptions) -> None:
+        self.header_timeout_s = options.header_timeout_s
+        self.max_header_bytes = options.max_header_bytes
+        self.stall_timeout_s = options.stall_timeout_s
+        # The rest of the files is for the worker's own connections and user code.
+        self.max_connections = min(options.max_connections, _max_files() // 2)
+        self.connections: set[GuardedProtocol] = set()
+        #: Those between two requests; who has been idle for longest comes first.
+        self.idle: dict[GuardedProtocol, None] = {}
+
+    @property
+    def protocol(self) -> Callable[..., asyncio.Protocol]:
+        """What makes the protocol of a connection."""
+        return functools.partial(GuardedProtocol, self)
+
+    def sweep(self, now: float) -> None:
+        """End what has waited for its client for too long."""
+        for connection in list(self.connections):
+            connection.check(now)
+
+    def make_room(self) -> bool:
+        """Close the connection that has been idle for longest, if there is one."""
+        connection = next(iter(self.idle), None)
+        if connection is None:
+            return False
+        del self.idle[connection]
+        connection.transport.abort()
+        return True
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """One connection.
+
+    Parameters
+    ----------
+    guard
+        The server's.
+    """
+
+    def __init__(self, guard: Guard, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._guard = guard
+        #: Since when a request's head is awaited; None if its first byte is, which
+        #: is what the time for keeping a connection alive is about.
+        self._head_since: float | None = None
+        #: No less than the size of the head until now.
+        self._head_bytes = 0
+        self._last_data = b""
+        #: The parser reads a head that we wrote, see `_read_on`.
+        self._again = False
+        #: Since when, and from which size on, a response waits to be taken.
+        self._unsent: tuple[float, int] | None = None
+        self._linger_until: float | None = None
+        self._full = False
+        self._verdict: tuple[HTTPStatus, str] | None = None
+
+    # What uvicorn and the parser call.
+
+    def connection_made(  # type: ignore[override]
+        self, transport: asyncio.Transport
+    ) -> None:
+        """Admit the connection if there is room, or can be made."""
+        super().connection_made(transport)
+        guard = self._guard
+        excess = len(self.connections) - guard.max_connections
+        self._full = excess > 0 and not guard.make_room()
+        if self._full and excess > SPARE_CONNECTIONS:
+            transport.abort()
+        self._gently_closed = _GentlyClosed(self)
+        guard.connections.add(self)
+        guard.idle[self] = None
+        self._head_since = self.loop.time()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._leave()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what the client sent."""
+        if self._linger_until is not None:
+            return
+        self._last_data = data
+        self._head_bytes += len(data)
+        super().data_received(data)
+        self._last_data = b""
+        if self._head_since is not None:
+            if self._head_bytes > self._guard.max_header_bytes:
+                self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+
+    def on_message_begin(self) -> None:
+        """Start the clock of a request's head."""
+        if self._again:
+            return
+        super().on_message_begin()
+        self._head_bytes = len(self._last_data)
+        if self._head_since is None:
+            self._head_since = self.loop.time()
+        if self._full:
+            self.scope[FULL_KEY] = True  # type: ignore[literal-required]
+
+    def on_url(self, url: bytes) -> None:
+        """Take a part of the request line."""
+        if not self._again:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header."""
+        if not self._again:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Begin a request, unless its head is not to be accepted."""
+        if self._again:
+            return
+        self._guard.idle.pop(self, None)
+        self._head_since = None
+        self._check_head()
+        before = self.cycle
+        super().on_headers_complete()
+        if self.cycle is not before:  # not an upgrade
+            if self._full:
+                self.cycle.keep_alive = False
+            self.cycle.transport = self._gently_closed  # type: ignore[assignment]
+
+    def on_message_complete(self) -> None:
+        """Note that the body is there."""
+        if self._again or not self.parser.should_upgrade() or self._should_upgrade():
+            super().on_message_complete()
+        # Else the parser takes what follows for another protocol, see `_read_on`.
+
+    def _unsupported_upgrade_warning(self) -> None:
+        error = sys.exception()
+        assert error is not None
+        self._read_on(self._last_data[error.args[0] :])
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        super().on_response_complete()
+        if self._head_since is not None:  # its head has begun to come already
+            self._head_since = self.loop.time()
+        if not self._responding() and self._linger_until is None:
+            self._guard.idle[self] = None
+
+    def handle_websocket_upgrade(self) -> None:
+        """Hand the connection to the WebSocket protocol."""
+        self._leave()
+        if self._full:
+            self._write_refusal(HTTPStatus.SERVICE_UNAVAILABLE, "Too many connections.")
+        else:
+            super().handle_websocket_upgrade()
+
+    def pause_writing(self) -> None:
+        """Note that the client takes a response slowly."""
+        super().pause_writing()
+        self._unsent = (self.loop.time(), self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        """Note that the client has taken what waited."""
+        super().resume_writing()
+        self._unsent = None
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer a request that cannot be understood, in place of any other answer."""
+        status, text = self._verdict or (HTTPStatus.BAD_REQUEST, msg)
+        error = sys.exception()
+        # Other texts of the parser can have a part of the request in them.
+        reason = str(error) if type(error) is HttpParserError else type(error).__name__
+        why = reason if self._verdict is None else text
+        logger.info("Refused a request from %s: %d, %s", self._peer, status, why)
+        if self.pipeline or (self._responding() and self.cycle.response_started):
+            self.transport.abort()  # it would be read as a part of another response
+        else:
+            self._write_refusal(status, text)
+        if self._responding():
+            self.cycle.disconnected = True  # nothing that the app says is sent any more
+            self.cycle.message_event.set()
+
+    # What the guard calls.
+
+    def check(self, now: float) -> None:
+        """End the connection if its client has kept us waiting for too long."""
+        if self._linger_until is not None and now > self._linger_until:
+            self.transport.abort()
+        responding = self._responding()
+        since = self._head_since
+        if since is not None and not responding:
+            if now - since > self._guard.header_timeout_s:
+                self._refuse(HTTPStatus.REQUEST_TIMEOUT)
+        elif not responding and self._unsent is None:
+            # After its end a response can wait below the mark that pauses writing.
+            size = self.transport.get_write_buffer_size()
+            self._unsent = (now, size) if size else None
+        if self._unsent is not None:
+            self._check_progress(now, *self._unsent)
+
+    def _check_progress(self, now: float, since: float, size_then: int) -> None:
+        size = self.transport.get_write_buffer_size()
+        seconds = now - since
+        if size == 0:
+            self._unsent = None
+        elif seconds > self._guard.stall_timeout_s:
+            if (size_then - size) / seconds < MIN_RATE:
+                logger.info(
+                    "Cut %s off: it takes next to nothing of a response", self._peer
+                )
+                self.transport.abort()
+
+    def linger(self) -> None:
+        """Close when the client has stopped sending, or soon.
+
+        If anything that it sent is unread then, the kernel resets the connection, and
+        the answer may be lost on the way (RFC 9112, 9.6).
+        """
+        if not self.transport.can_write_eof():
+            self.transport.close()
+        elif self._linger_until is None:
+            self._linger_until = self.loop.time() + LINGER_S
+            self.transport.write_eof()
+            self.flow.resume_reading()
+
+    # Parts.
+
+    def _read_on(self, rest: bytes) -> None:
+        """Go on as if no upgrade had been asked for (RFC 9110, 7.8, allows that).
+
+        The parser has stopped after the head. Java's client asks for ``h2c`` with
+        every first request, and its body is not to be lost, nor taken for a request.
+        """
+        framing = [
+            b"%s: %s\r\n" % header
+            for header in self.headers
+            if header[0] in (b"content-length", b"transfer-encoding")
+        ]
+        self.parser = HttpRequestParser(self)
+        self._again = True
+        try:
+            self.parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % b"".join(framing))
+        finally:
+            self._again = False
+        self.data_received(rest)
+
+    def _responding(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def _peer(self) -> str:
+        return "a client" if self.client is None else f"{self.client[0]}"
+
+    def _check_head(self) -> None:
+        """Raise, which makes the parser stop, if the head is not to be accepted."""
+        limit = self._guard.max_header_bytes
+        if self._head_bytes > limit:
+            parts = (len(name) + len(value) + 4 for name, value in self.headers)
+            if len(self.url) + sum(parts) > limit:
+                self._verdict = _verdict(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        if sum(name == b"host" for name, _ in self.headers) > 1:
+            # RFC 9112, 3.2: whoever reads the first would see another request.
+            self._verdict = (HTTPStatus.BAD_REQUEST, "More than one Host header.")
+        if self._verdict is not None:
+            raise ValueError(self._verdict[1])
+
+    def _refuse(self, status: HTTPStatus) -> None:
+        """Refuse a request whose head is not complete."""
+        if status == HTTPStatus.REQUEST_TIMEOUT and self._head_bytes == 0:
+            self.transport.abort()  # nothing was asked
+            return
+        self._head_since = None
+        self._verdict = _verdict(status)
+        self.send_400_response("")
+
+    def _write_refusal(self, status: HTTPStatus, text: str) -> None:
+        body = text.encode()
+        self.transport.write(
+            b"HTTP/1.1 %d %s\r\n"
+            b"content-type: text/plain; charset=utf-8\r\n"
+            b"content-length: %d\r\n"
+            b"connection: close\r\n\r\n%s"
+            % (status, status.phrase.encode(), len(body), body)
+        )
+        self.linger()
+
+    def _leave(self) -> None:
+        self._guard.connections.discard(self)
+        self._guard.idle.pop(self, None)
+
+
+class _GentlyClosed:
+    """A connection's transport as its requests have it."""
+
+    def __init__(self, connection: GuardedProtocol) -> None:
+        self._connection = connection
+        self.write = connection.transport.write
+        self.is_closing = connection.transport.is_closing
+
+    def close(self) -> None:
+        connection = self._connection
+        if connection.cycle.more_body and not connection.pipeline:
+            connection.linger()
+        else:
+            connection.transport.close()
+
+
+def _max_files() -> int:
+    if sys.platform == "win32":
+        return 2**15
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def _verdict(status: HTTPStatus) -> tuple[HTTPStatus, str]:
+    return status, f"{status.phrase}."
