@@ -526,6 +526,23 @@ def test_events_in_a_wrong_order(replica: Make, events: list[str], error: str) -
     assert error in message[4]
 
 
+def test_after_the_response_the_client_is_gone_for_the_app(replica: Make) -> None:
+    """Also if it has sent a body that the app has not read."""
+    ENDED.clear()
+
+    class Holder:
+        pass
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await PlainTextResponse("done")(scope, receive, send)
+        note((await receive())["type"])
+
+    made = replica(serve.ingress(app)(Holder))
+    assert made.body(made.request(b"not read", method="POST")) == b"done"
+    poll(lambda: ENDED == ["http.disconnect"])
+
+
 def test_cancel_reaches_the_task_and_the_app_sees_a_disconnect(replica: Make) -> None:
     ENDED.clear()
 

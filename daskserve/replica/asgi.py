@@ -112,10 +112,10 @@ class HttpExchange:
 
     async def receive(self) -> Message:
         """ASGI ``receive``."""
-        while not self._body:
-            if self.disconnected or self.response_complete:
-                return {"type": "http.disconnect"}
+        while not (self._body or self.disconnected or self.response_complete):
             await self._change()
+        if self.disconnected or self.response_complete:  # also if there is a body
+            return {"type": "http.disconnect"}
         data = self._body.popleft()
         more_body = self._more_body or bool(self._body)
         if data and self._charged:
