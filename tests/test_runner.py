@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
 import daskserve as serve
@@ -437,6 +437,35 @@ def test_an_endless_stream_that_never_waits_is_cancelled(replica: Make) -> None:
     made.runner.put(made.caller, (CANCEL, asked, 1))
     poll(lambda: made.runner.ongoing == 0)
     assert len(made.caller.of(asked, CHUNK)) == WINDOW // 10_000
+
+
+def test_a_stream_that_waits_is_cancelled_where_it_waits(replica: Make) -> None:
+    """Its generator cleans up there; in `send` it would not know of anything."""
+    ENDED.clear()
+
+    class Holder:
+        pass
+
+    async def ticks() -> Any:
+        try:
+            while True:
+                yield b"tick"
+                time.sleep(0.001)  # noqa: ASYNC251 - the cancellation comes meanwhile
+                await asyncio.sleep(0)
+        finally:
+            note("closed")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await StreamingResponse(ticks())(scope, receive, send)
+
+    made = replica(serve.ingress(app)(Holder))
+    for count in range(1, 11):
+        asked = made.request()
+        made.caller.wait(asked, CHUNK)
+        made.runner.put(made.caller, (CANCEL, asked, 1))
+        poll(lambda: made.runner.ongoing == 0)
+        assert ENDED == ["closed"] * count
 
 
 def test_a_stream_that_breaks_is_cut(replica: Make) -> None:

@@ -33,6 +33,10 @@ _NOT_IN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 ASGI_VERSIONS = {"version": "3.0", "spec_version": "2.3"}
 
 
+#: How many events are dropped before others have a turn.
+DROPPED_AT_ONCE = 100
+
+
 class HttpExchange:
     """One request in a replica: the app's ``receive`` and ``send``.
 
@@ -67,6 +71,7 @@ class HttpExchange:
         #: Largest piece, so that many exchanges share a channel.
         self._max_chunk = min(MAX_CHUNK_BYTES, self._window)
         self._on_the_way = 0
+        self._dropped = 0
         self._changed: asyncio.Event | None = None
         if self._more_body:  # taken: the caller may send the rest
             reply_to.send((GRANT, self.exchange_id, window_bytes))
@@ -127,9 +132,11 @@ class HttpExchange:
         """ASGI ``send``."""
         kind = event["type"]
         if self.disconnected:
-            # Dropped. An app that sends without end, and never waits for anything, is
-            # cancelled here.
-            await asyncio.sleep(0)
+            # Dropped. An app that waits for something is cancelled there, where it
+            # cleans up; one that only sends, and without end, is cancelled here.
+            self._dropped += 1
+            if self._dropped % DROPPED_AT_ONCE == 0:
+                await asyncio.sleep(0)
             return
         if self.response_complete:
             raise RuntimeError(f"Unexpected {kind!r} after the response was complete.")
