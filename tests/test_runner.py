@@ -572,6 +572,62 @@ def test_after_the_response_the_client_is_gone_for_the_app(replica: Make) -> Non
     poll(lambda: ENDED == ["http.disconnect"])
 
 
+@pytest.mark.parametrize(
+    ("length", "parts", "error"),
+    [
+        ("3", [b"four"], "longer than Content-Length"),
+        ("5", [b"four"], "shorter than Content-Length"),
+        ("three", [b"abc"], "Invalid content-length b'three'"),
+        ("7", [b"four", b"", b"four"], "longer than Content-Length"),
+        ("9", [b"four", b"", b"four"], "shorter than Content-Length"),
+    ],
+)
+def test_bodies_of_a_wrong_length(
+    replica: Make, length: str, parts: list[bytes], error: str
+) -> None:
+    """The app is told, as on any server, and so the log says whose fault it is."""
+
+    class Holder:
+        pass
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        headers = [(b"content-length", length.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        *others, last = parts
+        for part in others:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": last})
+
+    made = replica(serve.ingress(app)(Holder))
+    asked = made.request()
+    message = made.caller.wait(asked, ERROR)
+    assert error in message[4]
+    assert message[2] == (USER_ERROR if len(parts) == 1 else CUT)
+    assert made.caller.of(asked, RESPONSE) == []
+    assert all(more for _, _, _, more in made.caller.of(asked, CHUNK))
+
+
+@pytest.mark.parametrize(
+    ("method", "status"), [("HEAD", 200), ("GET", 304), ("GET", 204)]
+)
+def test_lengths_of_bodies_that_are_not_sent(
+    replica: Make, method: str, status: int
+) -> None:
+    class Holder:
+        pass
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        headers = [(b"content-length", b"5")]
+        start = {"type": "http.response.start", "status": status}
+        await send({**start, "headers": headers})
+        await send({"type": "http.response.body"})
+
+    made = replica(serve.ingress(app)(Holder))
+    assert made.body(made.request(method=method)) == b""
+
+
 def test_cancel_reaches_the_task_and_the_app_sees_a_disconnect(replica: Make) -> None:
     ENDED.clear()
 

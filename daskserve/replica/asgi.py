@@ -66,6 +66,8 @@ class HttpExchange:
         # What came along with the request was not charged to the window.
         self._charged = False
         self._start: tuple[int, Headers] | None = None
+        #: How much of the body that the head announced is still to come.
+        self._left: int | None = None
         self._held: tuple[int, Headers, bytes] | None = None
         self._window = min(window_bytes, self.head["window_bytes"])
         #: Largest piece, so that many exchanges share a channel.
@@ -144,6 +146,7 @@ class HttpExchange:
             if self._start is not None:
                 raise RuntimeError("Unexpected second 'http.response.start'.")
             self._start = check_start(event)
+            self._left = announced_bytes(self.head["method"], *self._start)
             # A body in the same turn of the loop goes along with it; a stream whose
             # first chunk takes its time must not hold the headers back.
             asyncio.get_running_loop().call_soon(self._flush_start)
@@ -173,6 +176,22 @@ class HttpExchange:
             self.respond(*held)
 
     async def _send_body(self, body: bytes, more_body: bool) -> None:
+        if self._count(len(body)) and not more_body:
+            if self.response_started:
+                await self._pass_on(body, True)
+            raise RuntimeError("Response content shorter than Content-Length")
+        await self._pass_on(body, more_body)
+
+    def _count(self, size: int) -> int:
+        """Return how much of what was announced is still to come after `size` bytes."""
+        if self._left is None:
+            return 0
+        if size > self._left:
+            raise RuntimeError("Response content longer than Content-Length")
+        self._left -= size
+        return self._left
+
+    async def _pass_on(self, body: bytes, more_body: bool) -> None:
         assert self._start is not None
         if not self.response_started and not more_body:
             if len(body) <= self._max_chunk:
@@ -238,6 +257,25 @@ def check_start(event: Message) -> tuple[int, Headers]:
             raise RuntimeError(f"Invalid HTTP header {name!r}: {value!r}.")
         headers.append((name, value))
     return status, headers
+
+
+def announced_bytes(method: str, status: int, headers: Headers) -> int | None:
+    """Return how long a response's body has to be; None if that is left open.
+
+    Raises
+    ------
+    RuntimeError
+        The ``content-length`` is no number.
+    """
+    fields = {name.lower(): value for name, value in reversed(headers)}
+    if method == "HEAD" or status in (204, 304):
+        return None  # no body follows, whatever the head says
+    if fields.get(b"transfer-encoding", b"").lower() == b"chunked":
+        return None
+    length = fields.get(b"content-length")
+    if length is not None and not length.strip().isdigit():
+        raise RuntimeError(f"Invalid content-length {length!r} in the response.")
+    return None if length is None else int(length)
 
 
 class LifespanError(RuntimeError):
