@@ -609,6 +609,23 @@ def test_bodies_of_a_wrong_length(
 
 
 @pytest.mark.parametrize(
+    ("name", "taken"),
+    [(b"x/odd", True), (b"x-\xe4", True), (b"x odd", False), (b"", False)],
+)
+def test_names_of_headers_are_those_that_uvicorn_takes(
+    replica: Make, name: bytes, taken: bool
+) -> None:
+    def odd() -> PlainTextResponse:
+        response = PlainTextResponse("odd")
+        response.raw_headers.append((name, b"1"))
+        return response
+
+    made = replica(odd)
+    message = made.caller.wait(made.request(), RESPONSE, ERROR)
+    assert message[0] == (RESPONSE if taken else ERROR)
+
+
+@pytest.mark.parametrize(
     ("method", "status"), [("HEAD", 200), ("GET", 304), ("GET", 204)]
 )
 def test_lengths_of_bodies_that_are_not_sent(

@@ -25,8 +25,8 @@ from daskserve.transport.messages import (
     Headers,
 )
 
-# What may not stand in a header (RFC 9110, 5.1 and 5.5).
-_NOT_IN_NAME = re.compile(rb"[^!#$%&'*+.^_`|~0-9A-Za-z-]")
+# What uvicorn refuses in a header: the proxy's could tell nobody any more.
+_NOT_IN_NAME = re.compile(rb'[\x00-\x1f\x7f()<>@,;:\[\]={} \t\\"]')
 _NOT_IN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 #: As uvicorn's, for the same events are sent.
