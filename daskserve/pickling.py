@@ -60,6 +60,8 @@ class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc, unused-ignore]
             # which is what pickle asks for __setstate__.
             blank = (type(obj),)
             return copyreg.__newobj__, blank, vars(obj), None, None, _fill  # type: ignore[attr-defined]
+        if obj is _unset():
+            return "_Unset"  # by name: FastAPI asks whether a default is this object
         if (reduce := getattr(type(obj), "__daskserve_reduce__", None)) is not None:
             return reduce(obj)
         if make_lock := _LOCK_FACTORIES.get(type(obj)):
@@ -103,6 +105,11 @@ def _inner_annotations(code: CodeType) -> Iterator[str]:
             yield from (part for part in constant if isinstance(part, str))
         elif in_class_body and isinstance(constant, str):
             yield constant
+
+
+def _unset() -> object:
+    """Return FastAPI's mark of parameters that were not given, where it has its own."""
+    return getattr(sys.modules.get("fastapi.datastructures"), "_Unset", None)
 
 
 def _fill(obj: object, attributes: dict[str, object]) -> None:

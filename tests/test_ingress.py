@@ -24,6 +24,7 @@ from fastapi import (
     Depends,
     FastAPI,
     Header,
+    Query,
     Request,
     Response,
     WebSocket,
@@ -1149,6 +1150,22 @@ def test_cached_schema_is_made_anew():
 
     assert "self" in json.dumps(app.openapi())
     assert "self" not in json.dumps(get(replica(ingress(app)(A)), "/openapi.json"))
+
+
+def test_options_that_were_not_given_stay_so():
+    app = FastAPI()
+
+    @app.get("/plain/{n}")
+    def plain(n: int, q: str = Query()): ...
+
+    class A:
+        @app.get("/own/{n}")
+        def own(self, n: int, q: str = Query()): ...
+
+    schema = get(replica(ingress(app)(A)), "/openapi.json")
+    for path in ("/plain/{n}", "/own/{n}"):
+        for parameter in schema["paths"][path]["get"]["parameters"]:
+            assert "example" not in parameter
 
 
 def test_routes_can_be_reversed():
