@@ -59,6 +59,10 @@ def make_app() -> FastAPI:
     async def fail(websocket: WebSocket) -> None:
         raise LookupError("before accept")
 
+    @app.websocket("/number/{n}")
+    async def number(websocket: WebSocket, n: int) -> None:
+        await websocket.accept()
+
     @app.get("/")
     async def get() -> str:
         return "http"
@@ -151,6 +155,54 @@ def test_an_app_that_fails_before_accept(site: Site, where: str) -> None:
         assert info.value.response.status_code == 500
 
     run(site, site.at(site.deploy(Sockets, where=where), "/fail"), connect)
+
+
+@near_and_far
+def test_a_refusal_with_whatever_for_a_reason(site: Site, where: str) -> None:
+    """FastAPI gives a list of errors; nobody gets to see it, here or elsewhere."""
+
+    async def connect(url: str) -> None:
+        with pytest.raises(InvalidStatus) as info:
+            await websockets.connect(url)
+        assert info.value.response.status_code == 403
+
+    run(site, site.at(site.deploy(Sockets, where=where), "/number/x"), connect)
+
+
+@near_and_far
+def test_what_the_app_gets_after_it_has_closed(
+    site: Site, where: str, notes: Notes
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            await receive()
+            if scope["path"].endswith("/accept"):
+                await send({"type": "websocket.accept"})
+            await send({"type": "websocket.close", "code": 4001, "reason": "enough"})
+            event = await receive()
+            notes.add(f"{event['code']} {event['reason']!r}")
+            try:
+                await send({"type": "websocket.send", "text": "too late"})
+            except RuntimeError:
+                notes.add("told so")
+
+    @serve.ingress(app)
+    class Closes: ...
+
+    async def accepted(url: str) -> None:
+        async with websockets.connect(url) as socket:
+            with pytest.raises(ConnectionClosed):
+                await socket.recv()
+
+    async def refused(url: str) -> None:
+        with pytest.raises(InvalidStatus):
+            await websockets.connect(url)
+
+    deployment = site.deploy(Closes, where=where)
+    run(site, site.at(deployment, "/accept"), accepted)
+    poll(lambda: notes.read() == ["4001 'enough'", "told so"])
+    run(site, site.at(deployment, "/refuse"), refused)
+    poll(lambda: notes.read()[2:] == ["1006 ''", "told so"])
 
 
 @near_and_far

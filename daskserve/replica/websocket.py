@@ -131,7 +131,8 @@ class WebSocketExchange:
     async def send(self, event: Message) -> None:
         """ASGI ``send``."""
         kind = event["type"]
-        if self.disconnected:
+        closed = self._sent == "websocket.close"  # by the app: it is at fault, then
+        if self.disconnected and not closed:
             raise ClientDisconnectedError("the WebSocket is closed")
         if kind not in _NEXT[self._sent]:
             raise RuntimeError(
@@ -141,11 +142,14 @@ class WebSocketExchange:
         while self._on_the_way >= self._window and not self.disconnected:
             self._changed.clear()
             await self._changed.wait()
-        plain = _plain(event)
+        refused = kind == "websocket.close" and not self._sent
+        plain = {"type": kind} if refused else _plain(event)
         self._sent = kind
         self._on_the_way += event_bytes(plain)
         self.reply_to.send((PUSH, self.exchange_id, plain))
-        if kind == "websocket.close":
+        if refused:  # there is no close frame for code and reason, whatever they are
+            self.disconnect()
+        elif kind == "websocket.close":
             self.disconnect(event.get("code", 1000), event.get("reason") or "")
 
 
