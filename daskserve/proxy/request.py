@@ -82,8 +82,8 @@ async def respond(
     """Send a whole response of the proxy's own."""
     data = body.encode("utf-8", "replace") if isinstance(body, str) else body
     headers = [
+        (b"content-type", content_type),  # first, as in uvicorn's own
         (b"content-length", b"%d" % len(data)),
-        (b"content-type", content_type),
         *extra,
     ]
     await send({"type": "http.response.start", "status": status, "headers": headers})

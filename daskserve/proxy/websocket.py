@@ -140,7 +140,12 @@ class WebSocketRelay:
 
 async def refuse(send: Send, status: int, text: str) -> None:
     """Answer the handshake with an HTTP response instead."""
-    headers = [(b"content-type", b"text/plain; charset=utf-8")]
+    body = text.encode()
+    headers = [  # as in refusals of uvicorn's own
+        (b"connection", b"close"),
+        (b"content-length", b"%d" % len(body)),
+        (b"content-type", b"text/plain; charset=utf-8"),
+    ]
     start = {"type": "websocket.http.response.start", "status": status}
     await send({**start, "headers": headers})
-    await send({"type": "websocket.http.response.body", "body": text.encode()})
+    await send({"type": "websocket.http.response.body", "body": body})
