@@ -1,0 +1,1 @@
+"""The same apps and requests on plain uvicorn and through daskserve."""
