@@ -7,7 +7,7 @@ import datetime as dt
 import json
 import uuid
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,11 @@ from daskserve.replica.encode import BYTES, JSON, TEXT, NotEncodableError, encod
 class Point:
     x: int
     y: int
+
+
+class Pair(NamedTuple):
+    a: int
+    b: Any
 
 
 class Model(BaseModel):
@@ -70,7 +75,20 @@ def test_plain_bodies(result: Any, expected: tuple[bytes, bytes]) -> None:
             [{"a": 1, "b": 3}, {"a": 2, "b": 4}],
         ),
         (pd.Series({"x": 1, "y": 2}), {"x": 1, "y": 2}),
+        (pd.Series([1], index=[pd.Timestamp(NOW)]), {"2026-01-02T03:04:05": 1}),
+        (
+            pd.DataFrame([[1, None]], columns=[pd.Timestamp(NOW), 5]).astype("Int64"),
+            [{"2026-01-02T03:04:05": 1, "5": None}],
+        ),
+        (
+            pd.DataFrame({"at": [pd.Timestamp(NOW), pd.NaT]}),
+            [{"at": "2026-01-02T03:04:05"}, {"at": None}],
+        ),
         (pd.Timestamp(NOW), "2026-01-02T03:04:05"),
+        (np.arange(3, dtype=">i4"), [0, 1, 2]),
+        ({np.int64(1): {np.str_("x"): [np.float32(0.5)]}}, {"1": {"x": [0.5]}}),
+        ([{NOW: 1, ID: 2**70}], [{NOW.isoformat(): 1, str(ID): 2**70}]),
+        ([Pair(1, np.int64(2))], [[1, 2]]),
         (Point(1, 2), {"x": 1, "y": 2}),
         ([Model(at=NOW, n=1)], [{"at": "2026-01-02T03:04:05", "n": 1}]),
         ({"at": NOW, "id": ID}, {"at": "2026-01-02T03:04:05", "id": str(ID)}),
@@ -101,7 +119,14 @@ class Strange:
 
 
 @pytest.mark.parametrize(
-    "result", [Strange(), {"a": [Strange()]}, object, {"n": 2**70, "a": Strange()}]
+    "result",
+    [
+        Strange(),
+        {"a": [Strange()]},
+        object,
+        {"n": 2**70, "a": Strange()},
+        {Strange(): 1},
+    ],
 )
 def test_what_cannot_be_expressed_is_named(result: Any) -> None:
     with pytest.raises(NotEncodableError, match="cannot be expressed in JSON") as info:

@@ -64,14 +64,14 @@ def to_json(value: Any) -> bytes:
         return orjson.dumps(value, default=_plain, option=_OPTIONS)
     except TypeError as err:  # orjson.JSONEncodeError is one
         cause = err.__cause__ or err
-        if "64-bit" in str(cause):
-            return _to_json_with_large_integers(value)
+        if any(word in str(cause) for word in ("64-bit", "endianness", "Dict key")):
+            return _to_json_slowly(_with_plain_keys(value))
         raise NotEncodableError(
             f"a result of type {_name(value)} cannot be expressed in JSON: {cause}"
         ) from err
 
 
-def _to_json_with_large_integers(value: Any) -> bytes:
+def _to_json_slowly(value: Any) -> bytes:
     """Do with the standard library what orjson refuses; it is slow and rare."""
     try:
         text = json.dumps(
@@ -88,18 +88,40 @@ def _to_json_with_large_integers(value: Any) -> bytes:
     return text.encode()
 
 
+def _with_plain_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_key(k): _with_plain_keys(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_plain_keys(item) for item in value]
+    return value
+
+
+def _key(key: Any) -> Any:
+    """Return a key, of numpy's or a date too, as JSON can have it."""
+    if hasattr(key, "isoformat"):
+        return key.isoformat()
+    if isinstance(key, uuid.UUID):
+        return str(key)
+    return key.item() if hasattr(key, "item") else key
+
+
 def _plain(value: Any) -> Any:
     """Return a form of `value` that orjson knows; its hook for the other types."""
     if hasattr(value, "model_dump"):  # pydantic
         return value.model_dump(mode="json")
     if hasattr(value, "to_dict"):  # pandas
-        is_frame = hasattr(value, "columns")
-        return value.to_dict(orient="records") if is_frame else value.to_dict()
+        if hasattr(value, "columns"):
+            rows = value.to_dict(orient="records")
+            plain = all(isinstance(label, str) for label in value.columns)
+            return rows if plain else _with_plain_keys(rows)
+        return _with_plain_keys(value.to_dict())
+    if type(value).__name__ in ("NAType", "NaTType"):  # pandas' for what is missing
+        return None
     if hasattr(value, "tolist"):  # numpy, where orjson's own support ends
         return value.tolist()
     if hasattr(value, "isoformat"):
         return value.isoformat()
-    if isinstance(value, set | frozenset):
+    if isinstance(value, set | frozenset | tuple):  # named ones come here
         return list(value)
     if isinstance(value, uuid.UUID):
         return str(value)
