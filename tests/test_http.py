@@ -30,6 +30,7 @@ import pytest
 from distributed import Security
 from fastapi import FastAPI
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask, BackgroundTasks
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -825,6 +826,34 @@ def test_result_that_cannot_be_encoded(site: Site, where: str) -> None:
         assert response.text == "Internal Server Error"
     log_lines(site, f"strange-{where}plain", deployment.name)
     log_lines(site, "Strange", "JSON")
+
+
+@near_and_far
+@pytest.mark.parametrize("kind", ["whole", "stream"])
+def test_background_tasks_run_after_the_response(
+    site: Site, where: str, kind: str, gate: Gate, notes: Notes
+) -> None:
+    async def later() -> None:
+        await gate.wait()
+        notes.add("async")
+
+    def later_sync() -> None:
+        gate.wait_sync()
+        notes.add("sync")
+
+    def answer(request: Request) -> Response:
+        tasks = BackgroundTasks([BackgroundTask(later), BackgroundTask(later_sync)])
+        if kind == "stream":
+            return StreamingResponse(iter("ab"), background=tasks)
+        return PlainTextResponse("ab", background=tasks)
+
+    deployment = site.deploy(answer, where=where)
+    with httpx.Client() as client:  # the gate is closed: nobody waits for the tasks
+        for _ in range(2):
+            assert client.get(site.at(deployment)).text == "ab"
+    assert notes.read() == []
+    gate.open()
+    poll(lambda: sorted(notes.read()) == ["async"] * 2 + ["sync"] * 2)
 
 
 def _generators() -> dict[str, Any]:
