@@ -64,7 +64,7 @@ def prefix_of(kind: str, app: str) -> str:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
     log: Path = tmp_path_factory.mktemp("reference") / "log"
-    command = [sys.executable, "-W", "ignore", "-m", "tests.differential.reference"]
+    command = [sys.executable, "-m", "tests.differential.reference"]
     process = Process("reference", command, log, {}, ROOT)
     try:
         yield Reference(process)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import datetime
+import http.client
 import itertools
 import json
 import os
@@ -1410,6 +1412,23 @@ def test_body_that_is_not_read(site: Site, where: str) -> None:
         for size in (0, 10, 100_000, 5_000_000):
             response = client.post(site.at(deployment), content=b"x" * size)
             assert (response.status_code, response.text) == (200, "ignored")
+
+
+@near_and_far
+def test_answer_to_a_body_that_is_not_read(site: Site, where: str) -> None:
+    """A client that sends its body first, as most do, gets to read it."""
+
+    def refuse(request: Request) -> Response:
+        return PlainTextResponse("no", 403)
+
+    parts = urlsplit(site.at(site.deploy(refuse, where=where)))
+    assert parts.hostname is not None
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=10)
+    with contextlib.closing(connection):
+        for _ in range(2):
+            connection.request("POST", parts.path, body=bytes(10_000_000))
+            response = connection.getresponse()
+            assert (response.status, response.read()) == (403, b"no")
 
 
 @near_and_far

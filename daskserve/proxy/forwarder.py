@@ -177,6 +177,7 @@ class Forwarder:
             watch.start(more_body)
             retry = not more_body and head[0] in IDEMPOTENT
             message = await call.first(make, retry_lost=retry)
+            info.answered = message[0] != ERROR
             watch.response_began()
             await self._answer(call, message, send, window_bytes=head[-1])
         except BaseException:

@@ -61,7 +61,7 @@ class Front:
             if event["type"] != "http.response.start":
                 return await send(event)
             headers = [*event.get("headers", ()), header]
-            if info.body_unread:  # uvicorn would wait for the rest of it
+            if info.body_unread and not _may_finish(info):
                 headers.append((b"connection", b"close"))
             await send({**event, "headers": headers})
             info.status = event["status"]  # now that the server has taken it
@@ -114,6 +114,15 @@ class Front:
             return b"x-forwarded-prefix" not in info.headers
         given = info.headers.get(b"authorization", b"")
         return hmac.compare_digest(given, self._token)
+
+
+def _may_finish(info: RequestInfo) -> bool:
+    """Whether the server may read, and drop, the rest of a body that nobody wants.
+
+    Without it the connection is reset, and a client that writes its body before it
+    reads loses the app's answer. A body that is refused, or has no end, is not read.
+    """
+    return info.answered and b"content-length" in info.headers
 
 
 def _log_access(method: str, info: RequestInfo) -> None:

@@ -40,6 +40,7 @@ class RequestInfo:
     """
 
     __slots__ = (
+        "answered",
         "body_unread",
         "deployment",
         "headers",
@@ -57,6 +58,8 @@ class RequestInfo:
         self.started = time.perf_counter()
         #: Of the response; 0 before it.
         self.status = 0
+        #: The app has begun a response of its own.
+        self.answered = False
         #: A part of the request's body has not come yet.
         self.body_unread = False
         self.prefix = ""

@@ -265,6 +265,15 @@ async def large_and_not_read(talk: Talk) -> None:
     await talk.ask("/nothing", "POST", body=bytes(5_000_000))
 
 
+@script("bodies")
+async def chunked_and_not_read(talk: Talk) -> None:
+    connection = await talk.connect()
+    connection.request("/nothing", "POST", headers=CHUNKED)
+    chunk = b"10000\r\n" + bytes(0x10000) + b"\r\n"
+    connection.send(chunk * 80 + b"0\r\n\r\n")
+    await connection.response(end=True)
+
+
 # Time.
 
 
