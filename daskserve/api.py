@@ -106,7 +106,7 @@ def start(
         Where and how HTTP is served: ``host`` ("127.0.0.1"; None for no server),
         ``port`` (8000; 0 for any free one), ``location`` ("HeadOnly": on the
         scheduler's host, "EveryNode": on every worker, "NoServer" or None),
-        ``root_path``, ``middlewares``, ``request_timeout_s`` (60),
+        ``root_path``, ``trusted_proxies``, ``middlewares``, ``request_timeout_s`` (60),
         ``keep_alive_timeout_s`` (90), ``max_request_body_bytes``, ``debug``,
         ``ssl_certfile``, ``ssl_keyfile``, ``ssl_keyfile_password``, ``ssl_ca_certs``,
         ``uds``, ``token``.

@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from enum import Enum
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeGuard
@@ -193,6 +193,22 @@ def _root_path(value: object) -> str:
     return "" if value == "" else _path_prefix(value)
 
 
+def _networks(value: object) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(
+            f"{value!r} is not a list of addresses or networks such as ['10.0.0.0/8']"
+        )
+    for element in value:
+        try:
+            ip_network(element if isinstance(element, str) else "")
+        except ValueError as error:
+            raise ValueError(
+                f"{element!r} is not an address such as '10.1.2.3', or a network such "
+                f"as '10.0.0.0/8': {error}"
+            ) from None
+    return tuple(value)
+
+
 def _middlewares(value: object) -> tuple[Middleware, ...]:
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{value!r} is not a list of starlette.middleware.Middleware")
@@ -338,6 +354,10 @@ class HTTPOptions(_Options):
         every worker. ``"NoServer"`` or None: none.
     root_path
         What a proxy in front strips from paths; ``""`` or as in ``"/serve"``.
+    trusted_proxies
+        Addresses and networks of proxies in front that are believed what they say in
+        ``X-Forwarded-For``, ``-Proto`` and ``-Prefix``; as in ``["10.0.0.0/8"]``. Who
+        may connect to a Unix socket always is.
     middlewares
         `starlette.middleware.Middleware` around everything, outermost first.
     request_timeout_s
@@ -386,6 +406,9 @@ class HTTPOptions(_Options):
     location: Location | None = _configured("http.location")
     root_path: Annotated[str, PlainValidator(_root_path)] = _configured(
         "http.root-path"
+    )
+    trusted_proxies: Annotated[tuple[str, ...], PlainValidator(_networks)] = (
+        _configured("http.trusted-proxies")
     )
     middlewares: Annotated[tuple[Middleware, ...], PlainValidator(_middlewares)] = ()
     request_timeout_s: PositiveSeconds | None = _configured("http.request-timeout")

@@ -161,6 +161,7 @@ def test_http_defaults() -> None:
         "port": 8000,
         "location": "HeadOnly",
         "root_path": "",
+        "trusted_proxies": ("127.0.0.1", "::1"),
         "middlewares": (),
         "request_timeout_s": 60,
         "keep_alive_timeout_s": 90,
@@ -235,6 +236,8 @@ def test_http_option(name: str, value: object) -> None:
         ("ssl_ca_certs", b"/ca.pem"),
         ("uds", ""),
         ("uds", 5),
+        ("trusted_proxies", None),
+        ("trusted_proxies", "10.0.0.0/8"),
         ("middlewares", CORSMiddleware),
         ("middlewares", None),
         ("middlewares", "CORS"),
@@ -255,6 +258,22 @@ def test_the_rule_is_in_the_message() -> None:
         HTTPOptions.from_user({"location": "Everywhere"})
     with pytest.raises(ValidationError, match="give a whole number 0-65535"):
         HTTPOptions(port=70000)
+
+
+@pytest.mark.parametrize("value", [[], ["10.1.2.3", "10.0.0.0/8", "fd00::/8"]])
+def test_trusted_proxies(value: list[str]) -> None:
+    assert HTTPOptions.from_user({"trusted_proxies": value}).trusted_proxies == (
+        *value,
+    )
+    with dask.config.set({"daskserve.http.trusted-proxies": value}):
+        assert HTTPOptions().trusted_proxies == tuple(value)
+
+
+@pytest.mark.parametrize("value", ["*", "", "nginx", "10.0.0.1/8", "10.0.0", 10, None])
+def test_trusted_proxies_names_the_wrong_element(value: object) -> None:
+    message = rf"trusted_proxies\n.*{re.escape(repr(value))} is not an address such as"
+    with pytest.raises(ValidationError, match=message):
+        HTTPOptions.from_user({"trusted_proxies": ["10.1.2.3", value]})
 
 
 @pytest.mark.parametrize("kind", [list, tuple])

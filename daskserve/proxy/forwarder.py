@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from typing import Any
 
 import orjson
@@ -12,11 +11,10 @@ from starlette.types import Receive, Scope, Send
 from daskserve.config import HTTPOptions
 from daskserve.exceptions import ReplicaDiedError, RequestError
 from daskserve.proxy.client_watch import ClientGoneError, ClientWatch
+from daskserve.proxy.forwarded import FORWARDED_PREFIX
 from daskserve.proxy.request import (
     FULL_KEY,
-    PEER_KEY,
     SCOPE_KEY,
-    TRUSTED_PEERS,
     CutError,
     RequestInfo,
     origin,
@@ -46,8 +44,6 @@ EAGER_BODY_BYTES = 64 * 1024
 RETRY_AFTER = (b"retry-after", b"1")
 #: Credit is given back in steps of at most this many bytes.
 CREDIT_STEP_BYTES = 128 * 1024
-
-_PREFIX = re.compile(rb"(/[^/\s?#%\\]+)+")
 
 
 class Forwarder:
@@ -79,7 +75,7 @@ class Forwarder:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         info: RequestInfo = scope[SCOPE_KEY]
-        root_path = self._root_path_of(scope, info)
+        root_path = scope.get(FORWARDED_PREFIX, self._options.root_path)
         path, match = self._locate(scope["path"], root_path)
         websocket = scope["type"] == "websocket"
         if path.startswith("/-/") and not websocket:
@@ -109,17 +105,6 @@ class Forwarder:
             await self._respond_error(send, info, err)
         finally:
             self._windows.give_back(window)
-
-    def _root_path_of(self, scope: Scope, info: RequestInfo) -> str:
-        """Return what a proxy in front has stripped from the path."""
-        forwarded = info.headers.get(b"x-forwarded-prefix")
-        if forwarded is not None:
-            peer = scope[PEER_KEY]  # a Unix socket's peers have no address
-            trusted = not peer or not peer[0] or peer[0] in TRUSTED_PEERS
-            prefix = forwarded.rstrip(b"/")
-            if trusted and _PREFIX.fullmatch(prefix):
-                return prefix.decode("latin-1")
-        return self._options.root_path
 
     def _locate(self, path: str, root_path: str) -> tuple[str, tuple[str, str] | None]:
         """Return the path without root path, and ``(prefix, deployment)`` of it."""

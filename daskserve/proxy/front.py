@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from daskserve.config import HTTPOptions
 from daskserve.exceptions import RequestError
 from daskserve.proxy.client_watch import ClientGoneError
+from daskserve.proxy.forwarded import FORWARDED_PREFIX
 from daskserve.proxy.request import SCOPE_KEY, CutError, RequestInfo, respond
 from daskserve.proxy.websocket import refuse
 
@@ -111,7 +112,7 @@ class Front:
         if scope["path"] == "/-/healthz" and scope["type"] == "http":
             # Open, as what the proxy answers itself; a forwarded prefix could make
             # another path of it.
-            return b"x-forwarded-prefix" not in info.headers
+            return FORWARDED_PREFIX not in scope
         given = info.headers.get(b"authorization", b"")
         return hmac.compare_digest(given, self._token)
 

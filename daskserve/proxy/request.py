@@ -13,12 +13,8 @@ TEXT = b"text/plain; charset=utf-8"
 
 #: Where in the scope a proxy keeps the request's `RequestInfo`.
 SCOPE_KEY = "daskserve"
-#: Where in the scope the address is that the connection comes from.
-PEER_KEY = "daskserve.peer"
 #: Where in the scope it says that the server holds as much as it may.
 FULL_KEY = "daskserve.full"
-#: Peers that are believed what they say in ``X-Forwarded-`` headers.
-TRUSTED_PEERS = ("127.0.0.1", "::1")
 
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 _HOST = re.compile(rb"[\w.:\[\]-]+")

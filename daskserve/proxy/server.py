@@ -12,14 +12,13 @@ from typing import Any
 
 import uvicorn
 from distributed.utils import get_ip_interface
-from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from daskserve.config import HTTPOptions
 from daskserve.exceptions import ProxyStartError
+from daskserve.proxy.forwarded import ForwardedHeaders
 from daskserve.proxy.forwarder import Forwarder
 from daskserve.proxy.front import wrap
 from daskserve.proxy.protocol import SWEEP_S, Guard
-from daskserve.proxy.request import PEER_KEY, TRUSTED_PEERS
 from daskserve.proxy.windows import Windows
 from daskserve.transport.dispatcher import Dispatcher
 
@@ -136,14 +135,17 @@ class HTTPServer:
     def _config(self) -> uvicorn.Config:
         options = self._options
         password = options.ssl_keyfile_password
-        app: Any = wrap(self._forwarder, options)
-        app = ProxyHeadersMiddleware(app, trusted_hosts=list(TRUSTED_PEERS))
+        app: Any = ForwardedHeaders(
+            wrap(self._forwarder, options),
+            options.trusted_proxies,
+            unix=options.uds is not None,
+        )
         return uvicorn.Config(
-            _NotesPeer(app),
+            app,
             interface="asgi3",
             http=self._guard.protocol,  # type: ignore[arg-type]
             lifespan="off",
-            proxy_headers=False,  # done above, where the peer is known before
+            proxy_headers=False,  # done above, also for Unix sockets and prefixes
             log_config=None,
             log_level="error",  # INFO has query strings, and WARNING what clients cause
             access_log=False,
@@ -182,17 +184,6 @@ class HTTPServer:
                 f"http_options, or port 0 for any free one."
             )
         return f"{text}{error}"
-
-
-class _NotesPeer:
-    """Keep the peer's own address, before headers say whom it speaks for."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        scope[PEER_KEY] = scope["client"]
-        await self._app(scope, receive, send)
 
 
 class _Server(uvicorn.Server):
