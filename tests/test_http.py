@@ -494,13 +494,14 @@ def check_pages(
     root: str,
     asked: str | None = None,
     headers: dict[str, str] | None = None,
+    verify: Any = True,
 ) -> None:
     """Check an app of `make_pages`; `root` is the path where clients think it is.
 
     `asked` is that path as the proxy gets it, if another.
     """
     asked = root if asked is None else asked
-    with httpx.Client(headers=headers) as client:
+    with httpx.Client(headers=headers, verify=verify) as client:
         for path in ("/page/p", "/deep/p"):
             found = client.get(f"{url}{asked}{path}?q=1")
             assert found.status_code == 200, found.text
@@ -538,10 +539,11 @@ def check_docs(
     root: str,
     asked: str | None = None,
     headers: dict[str, str] | None = None,
+    verify: Any = True,
 ) -> None:
     """Check that the documentation pages find each other and the routes."""
     asked = root if asked is None else asked
-    with httpx.Client(headers=headers) as client:
+    with httpx.Client(headers=headers, verify=verify) as client:
         docs = client.get(f"{url}{asked}/docs")
         assert docs.status_code == 200
         assert f"'{root}/openapi.json'" in docs.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from typing import Any
+from urllib.parse import quote
 
 import orjson
 from starlette.types import Receive, Scope, Send
@@ -109,7 +110,7 @@ class Forwarder:
     def _locate(self, path: str, root_path: str) -> tuple[str, tuple[str, str] | None]:
         """Return the path without root path, and ``(prefix, deployment)`` of it."""
         match = self._table.match(path)
-        if root_path and path.startswith(root_path + "/"):
+        if root_path and f"{path}/".startswith(f"{root_path}/"):
             # Perhaps the proxy in front has not stripped it.
             if match is None or match[0] == "/":
                 path = path[len(root_path) :]
@@ -252,7 +253,7 @@ def _head(
     raw_path: bytes = scope.get("raw_path") or path.encode()
     if root_path:
         if path == scope["path"]:  # the root path was stripped on the way
-            raw_path = root_path.encode() + raw_path
+            raw_path = quote(root_path, safe="/!$&'()*+,;=:@").encode() + raw_path
         path = root_path + path
     return (
         scope.get("method", "GET"),
