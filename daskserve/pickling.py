@@ -62,6 +62,11 @@ class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc, unused-ignore]
             return copyreg.__newobj__, blank, vars(obj), None, None, _fill  # type: ignore[attr-defined]
         if obj is _unset():
             return "_Unset"  # by name: FastAPI asks whether a default is this object
+        if type(obj).__module__ == "pydantic._internal._mock_val_ser":
+            # So do these, before pydantic 2.14: they stand for what an annotation
+            # that cannot be evaluated yet will give.
+            blank = (type(obj),)
+            return copyreg.__newobj__, blank, _slots(obj), None, None, _set  # type: ignore[attr-defined]
         if (reduce := getattr(type(obj), "__daskserve_reduce__", None)) is not None:
             return reduce(obj)
         if make_lock := _LOCK_FACTORIES.get(type(obj)):
@@ -114,6 +119,22 @@ def _unset() -> object:
 
 def _fill(obj: object, attributes: dict[str, object]) -> None:
     vars(obj).update(attributes)
+
+
+def _slots(obj: object) -> dict[str, object]:
+    names = [
+        name for cls in type(obj).__mro__ for name in vars(cls).get("__slots__", ())
+    ]
+    found = {}
+    for name in names:
+        with contextlib.suppress(AttributeError):
+            found[name] = object.__getattribute__(obj, name)
+    return found
+
+
+def _set(obj: object, attributes: dict[str, object]) -> None:
+    for name, value in attributes.items():
+        object.__setattr__(obj, name, value)
 
 
 class _Unpickler(pickle.Unpickler):
