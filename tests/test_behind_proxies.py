@@ -15,6 +15,7 @@ import websockets
 from distributed import Security
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.responses import StreamingResponse
+from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
 import daskserve as serve
@@ -128,10 +129,12 @@ async def _talk(url: str, shown: str, verify: Any) -> None:
                 await socket.send(message)
                 assert await socket.recv() == message
             await socket.send("close")
-            await socket.wait_closed()
+            with pytest.raises(ConnectionClosed) as closed:
+                await socket.recv()
         # jupyter-server-proxy does not pass on why a socket was closed.
         if "/proxy/" not in url:
-            assert (socket.close_code, socket.close_reason) == (4001, "so long")
+            end = closed.value.rcvd
+            assert end is not None and (end.code, end.reason) == (4001, "so long")
             with pytest.raises(websockets.InvalidStatus) as refused:
                 await websockets.connect(f"{at}/refuse", **options)
             assert refused.value.response.status_code == 403
