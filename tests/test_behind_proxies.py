@@ -376,6 +376,27 @@ def test_streams(
             assert many == b"".join(bytes([n]) * (MB // 4) for n in range(64))
 
 
+async def read_nothing(request: Request) -> str:
+    return "so long"
+
+
+@pytest.mark.parametrize("buffering", ["on", "off"])
+def test_answers_to_bodies_that_nobody_reads(
+    start: Callable[..., Site], tmp_path: Path, buffering: str
+) -> None:
+    site = start(max_request_body_bytes=8 * MB)
+    deployment = site.deploy(read_nothing)
+    with run_nginx(tmp_path, host(site), STREAMS % buffering) as url:
+        url += f"/{deployment.name}"
+        with httpx.Client(timeout=30) as client:
+            for _ in range(5):
+                refused = client.put(url, content=b"x" * 9 * MB)
+                assert refused.status_code == 413
+                assert "nginx" not in refused.text
+                answered = client.put(url, content=b"x" * 7 * MB)
+                assert (answered.status_code, answered.text) == (200, "so long")
+
+
 def test_connections_are_kept(start: Callable[..., Site], tmp_path: Path) -> None:
     site = start()
     site.deploy(Echo, route_prefix="/echo")

@@ -28,7 +28,7 @@ SWEEP_S = 0.5
 #: (as Kestrel's ``MinResponseDataRate``).
 MIN_RATE = 240
 #: How long a client that is not done sending is listened to, once it has its answer.
-LINGER_S = 2.0
+LINGER_S = 5.0
 #: Connections beyond the limit that still get an answer, health checks a real one.
 SPARE_CONNECTIONS = 64
 
@@ -256,11 +256,10 @@ class GuardedProtocol(HttpToolsProtocol):
         If anything that it sent is unread then, the kernel resets the connection, and
         the answer may be lost on the way (RFC 9112, 9.6).
         """
-        if not self.transport.can_write_eof():
-            self.transport.close()
-        elif self._linger_until is None:
+        if self._linger_until is None:
             self._linger_until = self.loop.time() + LINGER_S
-            self.transport.write_eof()
+            if self.transport.can_write_eof():  # not with TLS
+                self.transport.write_eof()
             self.flow.resume_reading()
 
     # Parts.
