@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 from distributed import Security
 
-from daskserve.proxy.protocol import LINGER_S
+from daskserve.proxy.guard import LINGER_S
 from tests.test_http import Site, connect, read_all, read_head, spare, start
 from tests.utils import poll
 

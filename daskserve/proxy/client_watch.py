@@ -107,6 +107,8 @@ class ClientWatch:
 
     def start(self, more_body: bool) -> None:
         """Begin to watch: at once if there is a body to forward, else after a while."""
+        if self._info.connection is not None:
+            self._info.connection.on_lost = self._lost
         if more_body:
             self._room = asyncio.Event()
             self._call.on_grant = self._grant
@@ -125,6 +127,8 @@ class ClientWatch:
 
     def stop(self) -> None:
         """Stop watching."""
+        if self._info.connection is not None:
+            self._info.connection.on_lost = None
         if self._timer is not None:
             self._timer.cancel()
         if self._task is not None:
@@ -134,6 +138,10 @@ class ClientWatch:
         if self._deadline is not None:
             self._timer = self._loop.call_at(self._deadline, self._time_up)
         self._task = self._loop.create_task(self._run())
+
+    def _lost(self) -> None:
+        # The task may be waiting for room, not for the client.
+        self._call.abort(ClientGoneError())
 
     def _time_up(self) -> None:
         assert self._timeout_s is not None

@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import time
+from typing import Any
 
 from starlette.types import Scope, Send
 
@@ -15,6 +16,8 @@ TEXT = b"text/plain; charset=utf-8"
 SCOPE_KEY = "daskserve"
 #: Where in the scope it says that the server holds as much as it may.
 FULL_KEY = "daskserve.full"
+#: Where in the scope the connection is, for as long as it stands.
+CONNECTION_KEY = "daskserve.connection"
 
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 _HOST = re.compile(rb"[\w.:\[\]-]+")
@@ -38,6 +41,7 @@ class RequestInfo:
     __slots__ = (
         "answered",
         "body_unread",
+        "connection",
         "deployment",
         "headers",
         "prefix",
@@ -58,6 +62,8 @@ class RequestInfo:
         self.answered = False
         #: A part of the request's body has not come yet.
         self.body_unread = False
+        #: Has an attribute `on_lost`; None for a WebSocket.
+        self.connection: Any = scope.get(CONNECTION_KEY)
         self.prefix = ""
         self.deployment = ""
 

@@ -18,7 +18,7 @@ from daskserve.exceptions import ProxyStartError
 from daskserve.proxy.forwarded import ForwardedHeaders
 from daskserve.proxy.forwarder import Forwarder
 from daskserve.proxy.front import wrap
-from daskserve.proxy.protocol import SWEEP_S, Guard
+from daskserve.proxy.guard import SWEEP_S, Guard
 from daskserve.proxy.windows import Windows
 from daskserve.transport.dispatcher import Dispatcher
 

@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 
 from daskserve.config import HTTPOptions
-from daskserve.proxy.protocol import Guard
+from daskserve.proxy.guard import Guard
 from daskserve.proxy.server import _Server
 from tests.utils import poll
 

@@ -15,9 +15,9 @@ from http import HTTPStatus
 from typing import Any
 
 from httptools import HttpParserError, HttpRequestParser
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from daskserve.config import HTTPOptions
+from daskserve.proxy.http_protocol import HttpProtocol
 from daskserve.proxy.request import FULL_KEY
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Guard:
         return True
 
 
-class GuardedProtocol(HttpToolsProtocol):
+class GuardedProtocol(HttpProtocol):
     """One connection.
 
     Parameters
@@ -100,9 +100,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     # What uvicorn and the parser call.
 
-    def connection_made(  # type: ignore[override]
-        self, transport: asyncio.Transport
-    ) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Admit the connection if there is room, or can be made."""
         super().connection_made(transport)
         guard = self._guard
