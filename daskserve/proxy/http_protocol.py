@@ -44,6 +44,8 @@ class HttpProtocol(HttpToolsProtocol):
         """Tell the request that runs, too."""
         super().connection_lost(exc)
         self.flow.stop()  # type: ignore[attr-defined]
+        # Not by uvicorn after a reset: all of this would stay until the timer ends.
+        self._unset_keepalive_if_required()
         if self.scope is not None:
             self.scope.pop(CONNECTION_KEY, None)  # type: ignore[misc]
         running, self._running = self._running, None
