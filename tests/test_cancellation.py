@@ -165,7 +165,7 @@ class Fuzz:
         rng = random.Random(f"{self.seed} {n}")
         kind = rng.choice(KINDS)
         try:
-            async with asyncio.timeout(FOREVER_S / 4):
+            async with asyncio.timeout(FOREVER_S / 2):
                 if kind is cancelled_call:
                     outcome = await self.call(rng)
                 else:
@@ -338,7 +338,7 @@ def test_nothing_is_left_of_requests_that_were_cancelled(site: Site) -> None:
     back = site.deploy(Back, num_replicas=2, max_ongoing_requests=10)
     fronts = [
         site.deploy(FrontApp, back.name, num_replicas=2, max_ongoing_requests=20),
-        site.deploy(FrontApp, back.name, where="near", max_ongoing_requests=5),
+        site.deploy(FrontApp, back.name, where="near", max_ongoing_requests=10),
         site.deploy(
             FrontApp,
             back.name,
