@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -13,6 +16,7 @@ from fastapi import FastAPI, WebSocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 import daskserve as serve
+from tests.inside import idle_inside, wait_for_idle
 from tests.test_http import (
     Notes,
     Site,
@@ -20,10 +24,13 @@ from tests.test_http import (
     near_and_far,
     notes,
     site,
+    spare,
+    start,
 )
-from tests.utils import poll
+from tests.test_streaming import BUFFERS, settled
+from tests.utils import ProcessCluster, poll
 
-__all__ = ["_site", "notes", "site"]  # fixtures
+__all__ = ["_site", "notes", "site", "spare", "start"]  # fixtures
 
 
 def make_app() -> FastAPI:
@@ -339,3 +346,120 @@ def test_many_sockets_and_http_beside_them(site: Site, where: str) -> None:
         await asyncio.gather(*sockets)
 
     run(site, site.at(deployment, "/echo"), crowd)
+
+
+def _ping_often() -> None:
+    from daskserve.proxy import server, websocket_protocol
+
+    server.PING_INTERVAL_S = server.PING_TIMEOUT_S = 0.3
+    websocket_protocol.GOODBYE_S = 0.3
+
+
+def handshake(site: Site, url: str, receive_buffer: int = 4096) -> socket.socket:
+    """Open a WebSocket by hand; whoever does not read soon holds up the sender."""
+    parts = urlsplit(url)
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    sock.settimeout(10)
+    sock.connect((parts.hostname, parts.port))
+    sock.sendall(
+        f"GET {parts.path} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"
+        "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n".encode()
+    )
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += sock.recv(1)
+    assert b" 101 " in head, head
+    return sock
+
+
+class Counting:
+    """An app that counts what it sends or has received, as the path says."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.may_receive = False
+
+    async def serve(self, websocket: WebSocket, path: str) -> None:
+        await websocket.accept()
+        while path == "send":
+            await websocket.send_bytes(bytes(64 * 1024))
+            self.bytes += 64 * 1024
+        while not self.may_receive:
+            await asyncio.sleep(0.01)
+        async for data in websocket.iter_bytes():
+            self.bytes += len(data)
+
+    def count(self) -> int:
+        return self.bytes
+
+    async def receive(self) -> None:
+        self.may_receive = True
+
+
+counting = FastAPI()
+
+
+@counting.websocket("/{path}")
+async def count(websocket: WebSocket, path: str) -> None:
+    await serve.get_replica_context().servable_object.serve(websocket, path)
+
+
+@serve.ingress(counting)
+class CountingApp(Counting): ...
+
+
+@near_and_far
+def test_a_client_that_never_reads_ends(
+    start: Callable[..., Site], where: str, spare: ProcessCluster
+) -> None:
+    """Its kernel acknowledges everything, but nobody answers the pings."""
+    with spare.client(set_as_default=False) as client:
+        client.run(_ping_often)
+    site = start()
+    deployment = site.deploy(CountingApp, where=where)
+    idle = idle_inside(site)
+    for path in ("/send", "/receive"):
+        with handshake(site, site.at(deployment, path)):
+            if path == "/receive":  # it has the app's attention, but says nothing
+                deployment.get_handle().receive.remote().result(timeout_s=5)
+            wait_for_idle(site, idle)
+
+
+@near_and_far
+def test_a_client_that_never_reads_stops_the_app(site: Site, where: str) -> None:
+    deployment = site.deploy(CountingApp, where=where)
+    handle = deployment.get_handle()
+    with handshake(site, site.at(deployment, "/send")) as sock:
+        sent = settled(lambda: handle.count.remote().result(timeout_s=5))
+        assert 2**20 <= sent < BUFFERS
+        read = 0
+        while read < sent + 2**20:
+            read += len(sock.recv(2**20))
+        assert handle.count.remote().result(timeout_s=5) > sent
+
+
+@near_and_far
+def test_an_app_that_never_receives_stops_the_client(site: Site, where: str) -> None:
+    deployment = site.deploy(CountingApp, where=where)
+    handle = deployment.get_handle()
+    size = 50_000
+    frame = b"\x82\xfe" + size.to_bytes(2, "big") + bytes(4 + size)
+    with handshake(site, site.at(deployment, "/receive")) as sock:
+        sock.setblocking(False)
+        sent = 0
+
+        def send() -> int:
+            nonlocal sent
+            with suppress(BlockingIOError):
+                while sent < 2 * BUFFERS:
+                    sent += sock.send(frame[sent % len(frame) :])
+            return sent
+
+        stuck_at = settled(send)
+        assert 2**20 <= stuck_at < BUFFERS
+        handle.receive.remote().result(timeout_s=5)
+        poll(lambda: send() > stuck_at + 2**20)
+        whole = sent // len(frame) * size
+        poll(lambda: handle.count.remote().result(timeout_s=5) >= whole)

@@ -19,12 +19,17 @@ from daskserve.proxy.forwarded import ForwardedHeaders
 from daskserve.proxy.forwarder import Forwarder
 from daskserve.proxy.front import wrap
 from daskserve.proxy.guard import SWEEP_S, Guard
+from daskserve.proxy.websocket_protocol import WebSocketProtocol
 from daskserve.proxy.windows import Windows
 from daskserve.transport.dispatcher import Dispatcher
 
 BACKLOG = 2048
 #: After so many silent seconds, then as often, so many times in vain: it is dead.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
+#: How often a WebSocket's client is asked whether it is there, and how long it may
+#: take to answer.
+PING_INTERVAL_S = 20.0
+PING_TIMEOUT_S = 20.0
 
 
 class HTTPServer:
@@ -144,6 +149,9 @@ class HTTPServer:
             app,
             interface="asgi3",
             http=self._guard.protocol,  # type: ignore[arg-type]
+            ws=WebSocketProtocol,
+            ws_ping_interval=PING_INTERVAL_S,
+            ws_ping_timeout=PING_TIMEOUT_S,
             lifespan="off",
             proxy_headers=False,  # done above, also for Unix sockets and prefixes
             log_config=None,
