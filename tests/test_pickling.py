@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import ast
 import functools
+import gc
 import pickle
 import sqlite3
 import subprocess
@@ -253,3 +255,25 @@ def test_other_errors_while_loading_are_left_alone():
 class Failing:
     def __reduce__(self):
         return divmod, (1, 0)
+
+
+def test_string_annotations_while_other_code_parses() -> None:
+    # `ast.parse` fails then, before Python 3.11.8: in another thread, or, as here, in
+    # what the garbage collector runs.
+    def parse(phase: str, info: dict[str, int]) -> None:
+        gc.callbacks.remove(parse)
+        ast.parse("f(a, [b, c])")
+        gc.callbacks.append(parse)
+
+    source = "from __future__ import annotations\ndef f(x: " + "list[" * 30 + "int"
+    space: dict[str, object] = {}
+    exec(source + "]" * 30 + "): return x", space)
+    threshold = gc.get_threshold()
+    gc.set_threshold(5)
+    gc.callbacks.append(parse)
+    try:
+        pickled = dumps(space["f"], what="f")
+    finally:
+        gc.callbacks.remove(parse)
+        gc.set_threshold(*threshold)
+    assert loads(pickled)(3) == 3
