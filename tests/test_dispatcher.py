@@ -297,6 +297,22 @@ def test_what_was_not_sent_goes_elsewhere() -> None:
     run(test)
 
 
+def test_what_is_sent_when_the_connection_broke_is_dropped() -> None:
+    """The request's task runs later than that, and may say something until then."""
+
+    async def test(dispatcher: Dispatcher) -> None:
+        place = await Place({1: StandIn(keep)}).start()
+        dispatcher.update(1, snapshot((1, place)))
+        await dispatcher.connected()
+        channel = dispatcher._channels[place.address]
+        place.cut()
+        await channel.wait_closed()
+        channel.send((CANCEL, 1, 1))
+        place.stop()
+
+    run(test)
+
+
 def test_worker_lost_fails_at_once_what_waits_for_it() -> None:
     async def test(dispatcher: Dispatcher) -> None:
         replica = StandIn(keep)

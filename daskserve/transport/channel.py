@@ -246,9 +246,10 @@ class CommChannel(Channel):
         return self._pipe is not None
 
     def send(self, message: Message) -> None:
-        """Send a caller's message."""
-        assert self._pipe is not None, "a channel is used when it is open"
-        self._pipe.send(message)
+        """Send a caller's message; dropped if the connection has ended."""
+        # Whose request it belongs to has not run yet since its exchange failed.
+        if self._pipe is not None:
+            self._pipe.send(message)
 
     def close(self, reason: str) -> None:
         """Close the connection; exchanges that are open fail with `reason`."""
