@@ -225,7 +225,7 @@ class DeploymentHandle:
             _send_when_done(futures, request, session)
         else:
             session.calls.send(request)
-        return self._response(request, session, context, futures)
+        return _response(request.answer, session, context, futures)
 
     def _remote_later(
         self,
@@ -244,7 +244,8 @@ class DeploymentHandle:
                     await request.body()
                 call, futures = self._request(context, args, kwargs)
             except Exception as err:
-                answer.set_exception(err)
+                with contextlib.suppress(concurrent.futures.InvalidStateError):
+                    answer.set_exception(err)
                 return
             call.answer = answer
             if futures:
@@ -254,7 +255,7 @@ class DeploymentHandle:
 
         _background.add(task := asyncio.ensure_future(read_and_send()))
         task.add_done_callback(_background.discard)
-        return DeploymentResponse(answer, session, None)
+        return _response(answer, session, context, None)
 
     def _request(
         self,
@@ -272,20 +273,6 @@ class DeploymentHandle:
             None if context is None else context.request_id,
         )
         return request, futures
-
-    def _response(
-        self,
-        request: CallRequest,
-        session: Session,
-        context: ReplicaContext | None,
-        keep_alive: object,
-    ) -> DeploymentResponse:
-        response = DeploymentResponse(request.answer, session, keep_alive)
-        if context is not None:  # cancelled along with the request that made it
-            children = context._children
-            children.add(request.answer)
-            request.answer.add_done_callback(children.discard)
-        return response
 
     def __getattr__(self, name: str) -> DeploymentHandle:
         if name.startswith("_"):
@@ -310,6 +297,19 @@ class DeploymentHandle:
 
 
 _background: set[asyncio.Task[None]] = set()
+
+
+def _response(
+    answer: concurrent.futures.Future[Message],
+    session: Session,
+    context: ReplicaContext | None,
+    keep_alive: object,
+) -> DeploymentResponse:
+    if context is not None:  # cancelled along with the request that made it
+        children = context._children
+        children.add(answer)
+        answer.add_done_callback(children.discard)
+    return DeploymentResponse(answer, session, keep_alive)
 
 
 def _send_when_done(

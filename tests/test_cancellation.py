@@ -36,6 +36,8 @@ __all__ = ["notes"]  # a fixture
 #: Requests in each of the two rounds; more for a thorough run by hand.
 N_REQUESTS = int(os.environ.get("DASKSERVE_FUZZ_REQUESTS", "5000"))
 N_CLIENTS = 100
+#: In the place of a status: the connection was closed in the middle of the answer.
+CUT = 0
 #: Longer than any client waits.
 FOREVER_S = 60
 
@@ -427,3 +429,103 @@ def test_client_gone_while_its_upload_waits_for_room(
     notes.wait("ended")
     wait_for_idle(site, idle)
     assert " 499 " in site.cluster.logs()
+
+
+@near_and_far
+@pytest.mark.parametrize("argument", ["plain", "request"])
+def test_calls_that_nobody_awaits_end_with_their_request(
+    site: Site, where: str, argument: str, notes: Notes
+) -> None:
+    class Called:
+        async def __call__(self, argument: Any) -> None:
+            notes.add("began")
+            try:
+                await asyncio.sleep(FOREVER_S)
+            finally:
+                notes.add("ended")
+
+    called = site.deploy(Called).get_handle()
+
+    class Caller:
+        async def __call__(self, request: Request) -> None:
+            called.remote(request if argument == "request" else 1)
+            await asyncio.sleep(FOREVER_S)
+
+    deployment = site.deploy(Caller, where=where)
+    idle = idle_inside(site)
+    with send_request(site.at(deployment)):
+        notes.wait("began")
+    notes.wait("ended")
+    wait_for_idle(site, idle)
+
+
+@near_and_far
+def test_calls_of_a_request_whose_time_is_up_end(
+    site: Site, where: str, notes: Notes
+) -> None:
+    class Called:
+        async def __call__(self) -> None:
+            try:
+                await asyncio.sleep(FOREVER_S)
+            finally:
+                notes.add("ended")
+
+    called = site.deploy(Called).get_handle()
+
+    class Caller:
+        async def __call__(self) -> None:
+            await called.remote()
+
+    deployment = site.deploy(Caller, where=where, request_timeout_s=0.5)
+    idle = idle_inside(site)
+    assert httpx.get(site.at(deployment), timeout=10).status_code == 504
+    notes.wait("ended")
+    wait_for_idle(site, idle)
+
+
+START = {"type": "http.response.start", "status": 200, "headers": []}
+BODY = {"type": "http.response.body", "body": b"x"}
+#: What misbehaving apps send, how the client finds the answer, and what the log says.
+MISBEHAVING: dict[str, tuple[list[dict[str, Any]], list[int], str]] = {
+    "body first": ([BODY], [500], "Expected 'http.response.start' before the body"),
+    "start twice": ([START, START], [500, CUT], "second 'http.response.start'"),
+    "after the end": ([START, BODY, BODY], [200], "after the response was complete"),
+    "nothing": ([], [500], "returned without completing its response"),
+    "no end": ([START], [500, CUT], "returned without completing its response"),
+    "unknown": ([{"type": "http.nonsense"}], [500], "message 'http.nonsense'"),
+    "newline": (
+        [{**START, "headers": [(b"x-a", b"1\r\nx-b: 2")]}, BODY],
+        [500],
+        "Invalid HTTP header",
+    ),
+}
+
+
+@near_and_far
+@pytest.mark.parametrize("name", MISBEHAVING)
+def test_misbehaving_app(site: Site, where: str, name: str) -> None:
+    events, answers, reason = MISBEHAVING[name]
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            for event in events:
+                await send(event)
+
+    @serve.ingress(app)
+    class Misbehaving: ...
+
+    deployment = site.deploy(Misbehaving, where=where)
+    idle = idle_inside(site)
+    request_id = f"misbehaving-{name.replace(' ', '-')}-{where}"
+    try:
+        headers = {"x-request-id": request_id}
+        answer = httpx.get(site.at(deployment), headers=headers, timeout=10).status_code
+    except httpx.RemoteProtocolError:
+        answer = CUT
+    assert answer in answers
+    wait_for_idle(site, idle)
+    assert httpx.get(f"{site.url}/-/healthz", timeout=10).status_code == 200
+    failed = f"Request {request_id} to deployment {deployment.name!r} failed"
+    log = site.cluster.logs()
+    assert failed in log
+    assert reason in log[log.index(failed) :].partition(" - INFO - ")[0]
