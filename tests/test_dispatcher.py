@@ -305,6 +305,8 @@ def test_what_is_sent_when_the_connection_broke_is_dropped() -> None:
         dispatcher.update(1, snapshot((1, place)))
         await dispatcher.connected()
         channel = dispatcher._channels[place.address]
+        while not place.comms:
+            await asyncio.sleep(0.005)
         place.cut()
         await channel.wait_closed()
         channel.send((CANCEL, 1, 1))
