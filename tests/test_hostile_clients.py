@@ -362,3 +362,34 @@ def test_many_clients_that_vanish(site: Site) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         sock.close()  # by a reset
     assert httpx.get(url).text == "ok"
+
+
+def test_overload_is_answered_at_once(site: Site, gate: Gate, notes: Notes) -> None:
+    async def wait() -> str:
+        notes.add("began")
+        await gate.wait()
+        return "done"
+
+    url = site.at(site.deploy(wait, max_ongoing_requests=10, max_queued_requests=40))
+
+    async def check() -> list[int]:
+        limits = httpx.Limits(max_connections=400)
+        async with httpx.AsyncClient(limits=limits, timeout=30) as client:
+            requests = [asyncio.ensure_future(client.get(url)) for _ in range(300)]
+            refused = []
+            for request in asyncio.as_completed(requests):
+                refused.append((await request).status_code)
+                if len(refused) == 250:  # the gate is closed: all others wait
+                    break
+            began = time.monotonic()
+            for _ in range(20):
+                health = await client.get(f"{site.url}/-/healthz")
+                assert health.text == "success"
+            assert time.monotonic() - began < 10  # 20 times, on a busy machine
+            assert set(refused) == {503}
+            gate.open()
+            return [(await request).status_code for request in requests]
+
+    statuses = asyncio.run(check())
+    assert statuses.count(200) == 50
+    assert len(notes.read()) == 50

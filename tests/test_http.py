@@ -69,12 +69,13 @@ class Site:
 
     @property
     def near(self) -> str:
-        """The address of the worker that has the proxy."""
-        return self.instance.status().proxies[0].worker
+        """The address of the worker whose proxy `url` is."""
+        proxies = self.instance.status().proxies
+        return next(proxy.worker for proxy in proxies if proxy.url == self.url)
 
     @property
     def far(self) -> str:
-        """The address of a worker that has no proxy."""
+        """The address of another worker."""
         workers = self.client.scheduler_info(n_workers=-1)["workers"]
         return sorted(set(workers) - {self.near})[0]
 
@@ -123,8 +124,9 @@ def open_site(
     n_workers: int = 2, *, cluster: ProcessCluster | None = None, **http: Any
 ) -> Iterator[Site]:
     """Start an instance, on a cluster of its own if none is given."""
+    http.setdefault("location", LOCATION)
     with (
-        ProcessCluster(0 if cluster else n_workers, nanny=False, env=LOGGED)
+        ProcessCluster(n_workers, nanny=False, protocol=PROTOCOL, env=LOGGED)
         if cluster is None
         else _nothing(cluster) as cluster
     ):
@@ -142,6 +144,9 @@ def _nothing(cluster: ProcessCluster) -> Iterator[ProcessCluster]:
     yield cluster
 
 
+#: Where the proxies are, and how the cluster speaks: every test that opens a site can
+#: be run with the others as well, for example with DASKSERVE_SITE=EveryNode,tls
+LOCATION, PROTOCOL = os.environ.get("DASKSERVE_SITE", "HeadOnly,tcp").split(",")
 #: Makes `ProcessCluster.logs` show what daskserve logs.
 LOGGED = {"DASK_LOGGING__DASKSERVE": "info"}
 
@@ -162,7 +167,7 @@ def site(_site: Site) -> Iterator[Site]:
 @pytest.fixture(scope="module")
 def spare() -> Iterator[ProcessCluster]:
     """Give a cluster for instances with other options."""
-    with ProcessCluster(2, nanny=False, env=LOGGED) as cluster:
+    with ProcessCluster(2, nanny=False, protocol=PROTOCOL, env=LOGGED) as cluster:
         yield cluster
 
 
