@@ -25,6 +25,7 @@ from daskserve.transport.messages import (
     REFUSED,
     Message,
 )
+from daskserve.transport.outbox import Outbox
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +68,12 @@ class CommPipe:
     def __init__(self, comm: Any, deliver: Callable[[list[Message]], None]) -> None:
         self._comm = comm
         self._deliver = deliver
-        self._outbox: list[Message] = []
+        self._outbox = Outbox()
         self._wake: asyncio.Future[None] | None = None
 
     def send(self, message: Message) -> None:
-        """Queue `message`; all that is queued in one turn of the loop goes at once."""
-        self._outbox.append(message)
+        """Queue `message`; all small ones of one turn of the loop go at once."""
+        self._outbox.put(message)
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
@@ -109,7 +110,7 @@ class CommPipe:
                     self._wake = loop.create_future()
                     await self._wake
                     self._wake = None
-                batch, self._outbox = self._outbox, []
+                batch = self._outbox.take()
                 packed = msgpack.packb(batch, unicode_errors="surrogatepass")
                 large = len(packed) >= OWN_FRAME_BYTES
                 await self._comm.write(to_serialize(packed) if large else packed)
