@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import os
 import socket
 import ssl
 from collections.abc import Callable, Iterator
@@ -21,8 +22,8 @@ from cryptography.x509.oid import NameOID
 import daskserve as serve
 from daskserve.config import HTTPOptions
 from daskserve.exceptions import ProxyStartError, ServeConfigError
-from tests.test_http import Site, _site, site, spare, start
-from tests.utils import ProcessCluster
+from tests.test_http import Site, _site, open_site, site, spare, start
+from tests.utils import ProcessCluster, poll
 
 __all__ = ["_site", "site", "spare", "start"]  # fixtures
 
@@ -99,6 +100,55 @@ def test_silent_peers_are_asked(site: Site) -> None:
     timer, expires = line.split()[5].split(":")
     assert timer == "02"  # the keep-alive timer runs
     assert 0 < int(expires, 16) / 100 <= 61
+
+
+# Unix sockets.
+
+
+@pytest.mark.parametrize("location", ["HeadOnly", "EveryNode"])
+def test_unix_socket_outlives_a_worker_that_is_killed(
+    tmp_path: Path, location: str
+) -> None:
+    path = tmp_path / "serve.sock"
+
+    def get(route: str) -> str:
+        with httpx.HTTPTransport(uds=str(path)) as transport:
+            with httpx.Client(transport=transport, base_url="http://x") as client:
+                return client.get(route).text
+
+    def answers() -> bool:
+        try:
+            return get("/-/healthz") == "success"
+        except httpx.TransportError:
+            return False
+
+    with open_site(location=location, uds=str(path)) as site:
+        (proxy,) = site.instance.status().proxies  # one for all workers of the host
+        assert answers()
+        pids = site.client.run(os.getpid)
+        pid = pids[proxy.worker]
+        (worker,) = [w for w in site.cluster.workers if pid in w.group()]
+        site.cluster.kill(worker)
+        poll(answers)
+        (other,) = site.instance.status().proxies
+        assert other.worker != proxy.worker
+    assert not path.exists()
+
+
+def test_unix_socket_of_somebody_else(
+    start: Callable[..., Site], tmp_path: Path
+) -> None:
+    path = str(tmp_path / "other.sock")
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(path)
+        other.listen()
+        with pytest.raises(ProxyStartError, match="in use already"):
+            start(uds=path)
+        assert os.path.exists(path)
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(ProxyStartError, match="in use already"):
+        start(uds=str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 # TLS.

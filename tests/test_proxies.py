@@ -29,11 +29,13 @@ def desired(
     *views: WorkerView,
     location: str | None = "HeadOnly",
     enabled: bool = True,
+    one_per_host: bool = False,
     current: Collection[str] = (),
 ) -> set[str]:
     return desired_proxies(
         location=location,
         enabled=enabled,
+        one_per_host=one_per_host,
         scheduler_hosts=HOSTS,
         views={v.address: v for v in views},
         current=current,
@@ -116,3 +118,18 @@ def test_spellings_of_the_own_host(host: str) -> None:
 @pytest.mark.parametrize("host", ["fe80::1", "other", "10.0.0.11"])
 def test_other_hosts(host: str) -> None:
     assert desired(view(f"tcp://{host}:5000")) == {SCHEDULER}
+
+
+def test_every_node_with_one_address_a_host() -> None:
+    views = [LOCAL, LOCAL_2, REMOTE]
+    first = desired(*views, location="EveryNode", one_per_host=True)
+    assert first == {LOCAL.address, REMOTE.address}
+    # Who holds it keeps it; when that one goes, another takes it over.
+    holding = {LOCAL_2.address, REMOTE.address}
+    again = desired(
+        *views, location="EveryNode", one_per_host=True, current=[LOCAL_2.address]
+    )
+    assert again == holding
+    left = desired(LOCAL, REMOTE, location="EveryNode", one_per_host=True)
+    assert left == {LOCAL.address, REMOTE.address}
+    assert desired(LOCAL, one_per_host=True) == {LOCAL.address}  # HeadOnly

@@ -17,6 +17,7 @@ def desired_proxies(
     *,
     location: str | None,
     enabled: bool,
+    one_per_host: bool = False,
     scheduler_hosts: frozenset[str],
     views: Mapping[str, WorkerView],
     current: Collection[str],
@@ -31,6 +32,8 @@ def desired_proxies(
         ``"NoServer"`` or None: nobody.
     enabled
         False: nobody, whatever the location (``host=None``).
+    one_per_host
+        Whether workers of one host cannot share an address: a Unix socket's.
     scheduler_hosts
         All names and addresses of the scheduler's host.
     views
@@ -55,6 +58,9 @@ def desired_proxies(
         )
     if not enabled or location in ("NoServer", None):
         return set()
+    if location == "EveryNode" and one_per_host:
+        hosts = {view.host for view in views.values()}
+        return {_one_of(host, views, current) for host in hosts}
     if location == "EveryNode":
         return set(views)
     return {_head(scheduler_hosts, views, current)}
@@ -75,6 +81,13 @@ def _head(
     holding = [view.address for view in local if view.address in current]
     willing = [view.address for view in local if view.accepting]
     return min(holding or willing, default=SCHEDULER)
+
+
+def _one_of(
+    host: str, views: Mapping[str, WorkerView], current: Collection[str]
+) -> str:
+    there = [view.address for view in views.values() if view.host == host]
+    return min((a for a in there if a in current), default=min(there))
 
 
 def _canonical(host: str) -> str:

@@ -131,6 +131,7 @@ class ProxyManager:
         wanted = desired_proxies(
             location=self._config.location,
             enabled=self._config.enabled,
+            one_per_host=self._config.uds is not None,
             scheduler_hosts=_hosts(self._scheduler),
             views=views,
             current=[a for a, record in self.records.items() if record.url is not None],

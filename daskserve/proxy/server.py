@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import socket
+import stat
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -252,11 +253,26 @@ def _find_dead_peers(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
+def _remove_deserted(path: str) -> None:
+    """Remove a Unix socket that a server left behind which was killed."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        try:
+            sock.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+
+
 def _bind_unix(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # The permissions are set by the mask, so that there is no moment without them.
     mask = os.umask(0o177)
     try:
+        _remove_deserted(path)
         sock.bind(path)
     except BaseException:
         sock.close()
