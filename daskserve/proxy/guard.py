@@ -242,6 +242,7 @@ class GuardedProtocol(HttpProtocol):
         if size == 0:
             self._unsent = None
         elif seconds > self._guard.stall_timeout_s:
+            self._unsent = (now, size)  # what it took before does not count any more
             if (size_then - size) / seconds < MIN_RATE:
                 logger.info(
                     "Cut %s off: it takes next to nothing of a response", self._peer
