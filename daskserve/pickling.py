@@ -27,6 +27,8 @@ from daskserve.exceptions import PicklingError
 _PROTOCOL = 5
 #: Set in code that was compiled with ``from __future__ import annotations``.
 _FUTURE_ANNOTATIONS = 0x1000000
+#: What cloudpickle writes in place of a file's name.
+_DYNAMIC_CODE = "<dynamic-code>"
 _LOCK_FACTORIES: dict[type, Callable[[], object]] = {
     type(threading.Lock()): threading.Lock,
     type(threading.RLock()): threading.RLock,
@@ -71,6 +73,14 @@ class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc, unused-ignore]
             return reduce(obj)
         if make_lock := _LOCK_FACTORIES.get(type(obj)):
             return make_lock, ()
+        if isinstance(obj, CodeType):
+            make, args = self.dispatch_table[CodeType](obj)
+            # From 3.1.3 on cloudpickle leaves the file's name out, and without it
+            # tracebacks from replicas have no source lines.
+            names = {_DYNAMIC_CODE: obj.co_filename}
+            return make, tuple(
+                names.get(arg, arg) if isinstance(arg, str) else arg for arg in args
+            )
         reduced = super().reducer_override(obj)
         if isinstance(obj, FunctionType) and isinstance(reduced, tuple):
             # cloudpickle takes the globals along that the code names; FastAPI also

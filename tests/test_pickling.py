@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import pytest
@@ -277,3 +278,14 @@ def test_string_annotations_while_other_code_parses() -> None:
         gc.callbacks.remove(parse)
         gc.set_threshold(*threshold)
     assert loads(pickled)(3) == 3
+
+
+def test_tracebacks_keep_their_source_lines() -> None:
+    def fails() -> None:
+        raise LookupError("here")
+
+    loaded = loads(dumps(fails, what="f"))
+    assert loaded is not fails
+    with pytest.raises(LookupError) as caught:
+        loaded()
+    assert 'raise LookupError("here")' in "".join(traceback.format_tb(caught.tb))
