@@ -725,6 +725,8 @@ class Settings(_Frozen):
         Upper limit of that for a whole deployment.
     window_bytes
         Bytes of one request or response that may be on their way unread.
+    direct
+        Whether replicas listen on ports of their own, for quicker connections.
     proxy_buffer_bytes
         Bytes of all responses together that one proxy may hold; beyond, windows
         shrink.
@@ -741,6 +743,7 @@ class Settings(_Frozen):
     window_bytes: Annotated[ByteCount, AfterValidator(_positive)] = _configured(
         "transport.window"
     )
+    direct: Flag = _configured("transport.direct")
     proxy_buffer_bytes: ByteCount = _configured("transport.proxy-buffer")
     connect_timeout_s: PositiveSeconds = _configured("transport.connect-timeout")
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Hashable, Mapping
 from typing import Any, TypeVar, cast
 
 from distributed import Client, default_client, get_worker
+from distributed.comm.addressing import get_address_host
 from distributed.comm.core import connect
 from distributed.utils_comm import gather_from_workers
 
@@ -109,6 +111,12 @@ class Session:
     def _controller_answered(self) -> None:
         """Note that there is an instance; on Dask's loop."""
 
+    @property
+    def context(self) -> ssl.SSLContext | None:
+        """The cluster's TLS, as Dask uses it for connections of this process."""
+        context: ssl.SSLContext | None = self._connection_args.get("ssl_context")
+        return context
+
     async def connect(self, address: str) -> Any:
         """Open a comm to a worker; on any loop."""
         return await connect(
@@ -182,7 +190,7 @@ class ClientSession(Session):
         client = self.client
         self._thread = thread = LoopThread("daskserve-client")
         thread.start()
-        dispatcher = Dispatcher(thread.loop, self.connect)
+        dispatcher = Dispatcher(thread.loop, self.connect, context=self.context)
         dispatcher_ref = weakref.ref(dispatcher)
         client_ref = self._client
 
@@ -299,6 +307,16 @@ class WorkerSession(Session):
     def dispatcher(self) -> Dispatcher:
         """Where handle calls of this process go out."""
         return self._dispatcher
+
+    def direct_listener(self) -> tuple[str, ssl.SSLContext | None] | None:
+        """Return on which host replicas open ports, and with which TLS; None: none."""
+        address = self.worker.address
+        if not self.settings.direct or not address.startswith(("tcp://", "tls://")):
+            return None
+        context = None
+        if address.startswith("tls://"):
+            context = self.worker.security.get_listen_args("worker")["ssl_context"]
+        return get_address_host(address), context
 
     def run(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Any:
         """Run a coroutine function on the worker's loop.

@@ -74,6 +74,7 @@ class ServeWorkerPlugin(WorkerPlugin):
             return Dispatcher(
                 thread.loop,
                 connect,
+                context=worker.connection_args.get("ssl_context"),
                 local_address=worker.address,
                 inboxes=self.runners,
             )

@@ -340,7 +340,7 @@ def test_nothing_is_left_of_requests_that_were_cancelled(site: Site) -> None:
     back = site.deploy(Back, num_replicas=2, max_ongoing_requests=10)
     fronts = [
         site.deploy(FrontApp, back.name, num_replicas=2, max_ongoing_requests=20),
-        site.deploy(FrontApp, back.name, where="near", max_ongoing_requests=10),
+        site.deploy(FrontApp, back.name, where="near", max_ongoing_requests=5),
         site.deploy(
             FrontApp,
             back.name,

@@ -747,6 +747,7 @@ def test_settings_defaults() -> None:
         "max_constructor_failures": 3,
         "max_constructor_failures_total": 20,
         "window_bytes": 2**20,
+        "direct": True,
         "proxy_buffer_bytes": 2**28,
         "connect_timeout_s": 5,
     }
@@ -765,6 +766,7 @@ def test_settings_defaults() -> None:
             9,
         ),
         ("transport.window", 1000, "window_bytes", 1000),
+        ("transport.direct", False, "direct", False),
         ("transport.proxy-buffer", "1 MiB", "proxy_buffer_bytes", 2**20),
         ("transport.connect-timeout", "1 minute", "connect_timeout_s", 60),
     ],

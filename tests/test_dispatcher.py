@@ -100,7 +100,7 @@ def snapshot(
     *replicas: tuple[int, Place], name: str = "D", **changes: Any
 ) -> dict[str, Any]:
     info = {
-        "replicas": [[i, f"{name}#{i}", place.address] for i, place in replicas],
+        "replicas": [[i, f"{name}#{i}", place.address, None] for i, place in replicas],
         "max_ongoing": 10,
         "max_queued": None,
         "timeout_s": None,
@@ -459,13 +459,68 @@ def test_a_local_replica_needs_no_connection() -> None:
             inboxes={1: near},
         )
         both = snapshot((2, place))
-        both["deployments"]["D"]["replicas"].append([1, "D#1", "tcp://here:1"])
+        both["deployments"]["D"]["replicas"].append([1, "D#1", "tcp://here:1", None])
         dispatcher.update(1, both)
         for _ in range(10):
             assert (await ask(dispatcher))[0] == RESULT
         assert len(near.messages) == 10 and not far.messages
         await dispatcher.close()
         assert near.forgotten == 1
+        place.stop()
+
+    run(test)
+
+
+def test_who_was_refused_keeps_its_turn() -> None:
+    """Requests that come back from a full replica do not change their order."""
+
+    async def test(dispatcher: Dispatcher) -> None:
+        replica = StandIn(refuse)
+        place = await Place({1: replica}).start()
+        dispatcher.update(1, snapshot((1, place), max_ongoing=3))
+        await dispatcher.connected()
+        order: list[int] = []
+
+        async def one(n: int) -> None:
+            request = Call(dispatcher, "D")
+            await request.first(lambda e, r: (CALL, e, r, n), retry_lost=False)
+            order.append(n)
+            request.finish()
+
+        tasks = [asyncio.ensure_future(one(n)) for n in range(6)]
+        group = dispatcher.groups["D"]
+        async with asyncio.timeout(10):
+            while len(replica.messages) < 3 or len(group.waiting) < 6:
+                await asyncio.sleep(0.001)
+        numbers = [call.number for call in group.waiting]
+        assert numbers == sorted(numbers)
+        replica.answer = echo
+        dispatcher._has_room(1)  # for one, and long before the pause is over
+        async with asyncio.timeout(10):
+            await asyncio.gather(*tasks)
+        assert order == list(range(6))
+        place.stop()
+
+    run(test)
+
+
+def test_who_comes_during_a_pause_waits_for_its_end_only() -> None:
+    """The request that was refused has gone, so nothing else will wake anybody."""
+
+    async def test(dispatcher: Dispatcher) -> None:
+        replica = StandIn(refuse)
+        place = await Place({1: replica}).start()
+        dispatcher.update(1, snapshot((1, place), max_queued=1))
+        await dispatcher.connected()
+        refused = asyncio.ensure_future(ask(dispatcher))
+        async with asyncio.timeout(10):
+            while not dispatcher.groups["D"].waiting:
+                await asyncio.sleep(0)
+        refused.cancel()
+        await asyncio.wait([refused])
+        replica.answer = echo
+        async with asyncio.timeout(10):
+            assert (await ask(dispatcher))[0] == RESULT
         place.stop()
 
     run(test)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -170,3 +171,35 @@ def test_limit_counts_over_all_proxies(
     assert "max_queued_requests=9" in str(refused[0])
     # When all is over the limit is as it was.
     assert [httpx.get(url).status_code for url in urls * 3] == [200] * 9
+
+
+@pytest.mark.slow
+def test_proxies_get_their_share_of_a_replica(three_proxies: Site) -> None:
+    async def work() -> str:
+        await asyncio.sleep(0.005)
+        return "done"
+
+    deployment = three_proxies.deploy(work, where="near", max_ongoing_requests=2)
+    urls = [f"{url}/{deployment.name}" for url in three_proxies.instance.http_urls]
+    near = three_proxies.at(deployment)  # the proxy that has the replica in its process
+    served = dict.fromkeys(urls, 0)
+    slowest = 0.0
+
+    async def ask(client: httpx.AsyncClient, url: str, end: float) -> None:
+        nonlocal slowest
+        while (began := time.monotonic()) < end:
+            assert await _get(client, url) == 200
+            slowest = max(slowest, time.monotonic() - began)
+            served[url] += 1
+
+    async def check() -> None:
+        async with httpx.AsyncClient() as client, asyncio.TaskGroup() as group:
+            end = time.monotonic() + 4
+            for url in urls * 8:
+                group.create_task(ask(client, url, end))
+
+    asyncio.run(check())
+    print(served, f"slowest: {slowest:.2f} s")
+    others = [count for url, count in served.items() if url != near]
+    assert min(others) > 0.3 * served[near]
+    assert slowest < 3

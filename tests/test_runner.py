@@ -100,7 +100,7 @@ class Replica:
         self.runner = Runner(
             ReplicaSpec(**{**spec, **options}),
             self.reports.append,
-            SimpleNamespace(worker=None),
+            SimpleNamespace(worker=None, direct_listener=lambda: None),
             WINDOW,
         )
         self._last_id = 0

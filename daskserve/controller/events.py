@@ -7,6 +7,7 @@ configuration is unknown is told to stop). :mod:`daskserve.controller.rollout` d
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from daskserve.controller.deployment_state import ManagedDeployment
 from daskserve.controller.goals import count_failure, give_up
@@ -32,7 +33,11 @@ def initializing(replica: Replica, pid: int | None, now: float) -> None:
 
 
 def started(
-    d: ManagedDeployment, replica: Replica, pid: int | None, now: float
+    d: ManagedDeployment,
+    replica: Replica,
+    pid: int | None,
+    now: float,
+    direct: list[Any] | None = None,
 ) -> None:
     """Note that the constructor, and the first reconfigure, are done.
 
@@ -46,10 +51,13 @@ def started(
         Its process; None keeps what is known.
     now
         Time in seconds.
+    direct
+        Host, port and secret of its own port, if it has one.
     """
     if replica.state != ReplicaState.STARTING:
         return
     d.at_rest = False
+    replica.direct = direct
     replica.pid = replica.pid if pid is None else pid
     replica.enter(ReplicaState.RUNNING, "", now)
     d.exposed = d.exposed or replica in d.routable()

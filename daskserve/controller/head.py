@@ -42,7 +42,8 @@ class HeadProxy:
         self._thread = LoopThread("daskserve-head")
         self._thread.start()
         self._settings = Settings.load()
-        self._dispatcher = Dispatcher(self._thread.loop, self._connect)
+        context = scheduler.connection_args.get("ssl_context")
+        self._dispatcher = Dispatcher(self._thread.loop, self._connect, context=context)
         loop = asyncio.get_running_loop()
         self._dispatcher.queues.send = lambda queued: loop.call_soon_threadsafe(
             on_queued, queued

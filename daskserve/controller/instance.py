@@ -193,7 +193,10 @@ class Instance:
         if event == "initializing":
             self._state.replica_initializing(replica_id, pid=news["pid"], now=now)
         elif event == "started":
-            self._state.replica_started(replica_id, now=now, pid=news["pid"])
+            direct = news["direct"]
+            self._state.replica_started(
+                replica_id, now=now, pid=news["pid"], direct=direct
+            )
         elif event == "failed":
             self._state.replica_failed(replica_id, news["text"], now=now)
         elif event == "stopped":

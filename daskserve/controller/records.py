@@ -185,6 +185,8 @@ class Replica:
     worker: str = ""
     host: str = ""
     pid: int | None = None
+    #: Host, port and secret of its own port, for those who can reach it.
+    direct: list[Any] | None = None
     #: Whether its constructor has begun.
     initializing: bool = False
     #: Whether it has not yet answered to its last ``ReconfigureReplica``.

@@ -36,7 +36,7 @@ def _routing_entry(d: ManagedDeployment) -> dict[str, Any]:
     spec = d.routed.spec
     replicas = sorted(d.routable(), key=lambda r: r.replica_id)
     return {
-        "replicas": [[r.replica_id, r.tag, r.worker] for r in replicas],
+        "replicas": [[r.replica_id, r.tag, r.worker, r.direct] for r in replicas],
         "max_ongoing": spec.max_ongoing_requests,
         "max_queued": spec.max_queued_requests,
         "timeout_s": spec.request_timeout_s,

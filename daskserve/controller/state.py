@@ -199,7 +199,12 @@ class ControllerState:
             events.initializing(found[1], pid, now)
 
     def replica_started(
-        self, replica_id: int, *, now: float, pid: int | None = None
+        self,
+        replica_id: int,
+        *,
+        now: float,
+        pid: int | None = None,
+        direct: list[Any] | None = None,
     ) -> None:
         """Note that a replica can take requests.
 
@@ -211,9 +216,11 @@ class ControllerState:
             Time in seconds.
         pid
             Its process, if not told before.
+        direct
+            Host, port and secret of its own port, if it has one.
         """
         if found := self._find(replica_id):
-            events.started(*found, pid, now)
+            events.started(*found, pid, now, direct)
 
     def replica_failed(self, replica_id: int, text: str, *, now: float) -> None:
         """Note that a replica's constructor or first reconfigure raised.

@@ -12,7 +12,7 @@ import inspect
 import logging
 import os
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -26,10 +26,12 @@ from daskserve.replica.actor import ReplicaSpec
 from daskserve.replica.asgi import HttpExchange
 from daskserve.replica.context import ReplicaContext, current_replica
 from daskserve.replica.encode import NotEncodableError, encode
+from daskserve.replica.places import Places
 from daskserve.replica.servable import Servable, UnknownMethodError
 from daskserve.replica.websocket import ClientDisconnectedError, WebSocketExchange
 from daskserve.transport import values
 from daskserve.transport.channel import ReplyTo
+from daskserve.transport.direct import DirectListener
 from daskserve.transport.loops import LoopThread, Mailbox
 from daskserve.transport.messages import (
     BODY,
@@ -37,6 +39,7 @@ from daskserve.transport.messages import (
     CONNECT,
     CREDIT,
     CUT,
+    DECLINE,
     END,
     ERROR,
     EVENT,
@@ -45,6 +48,7 @@ from daskserve.transport.messages import (
     REFUSED,
     REQUEST,
     RESULT,
+    ROOM,
     STOPPED,
     UNKNOWN_METHOD,
     USER_ERROR,
@@ -56,6 +60,8 @@ logger = logging.getLogger(__name__)
 #: An exchange: who began it, and its number there.
 Key: TypeAlias = tuple[ReplyTo, int]
 
+#: How long a free place is kept for a caller that was refused before, and says nothing.
+KEPT_S = 1.0
 #: How long cancelled requests may take to clean up.
 CANCEL_TIMEOUT_S = 1.0
 #: How long shutdown hooks and ``__del__`` may take together, after the grace period.
@@ -110,6 +116,8 @@ class Runner:
         self._http: dict[Key, HttpExchange] = {}
         self._websockets: dict[Key, WebSocketExchange] = {}
         self._calls: dict[Key, HandleCall] = {}
+        self._listener: DirectListener | None = None
+        self._places: Places[ReplyTo] = Places(spec.max_ongoing_requests)
         self._accepting = False
         self._stopping = False
         self._idle = asyncio.Event()
@@ -164,6 +172,8 @@ class Runner:
 
     def close(self, timeout_s: float = 2) -> None:
         """End the threads; user code that blocks keeps them, they are daemons."""
+        if self._listener is not None:
+            self._thread.call_soon(self._listener.close)
         self._thread.stop(timeout_s)
         self._servable.close()
 
@@ -183,8 +193,21 @@ class Runner:
             logger.error("Replica %s failed to start:\n%s", self.spec.tag, text)
             self._report({"event": "failed", "text": text})
             return
+        direct = await self._listen()
         self._accepting = not self._stopping
-        self._report({"event": "started", "pid": os.getpid()})
+        self._report({"event": "started", "pid": os.getpid(), "direct": direct})
+
+    async def _listen(self) -> list[Any] | None:
+        """Open the replica's own port; None if there is to be none."""
+        address = self.session.direct_listener()
+        if address is None:
+            return None
+        self._listener = DirectListener(self, self._take_all)
+        try:
+            return (await self._listener.start(*address)).to_message()
+        except OSError as err:
+            logger.warning("Replica %s has no port of its own: %s", self.spec.tag, err)
+            return None
 
     async def _reconfigure_and_report(
         self, user_config: bytes | None, generation: int
@@ -223,12 +246,18 @@ class Runner:
                 await self._servable.shutdown()
         except BaseException:
             logger.exception("Replica %s failed to shut down", self.spec.tag)
+        if self._listener is not None:
+            await self._listener.say_goodbye()
         self._report({"event": "stopped"})
 
     # Messages.
 
     def _deliver(self, batch: list[tuple[ReplyTo, Message]]) -> None:
         for reply_to, message in batch:
+            self._take_all(reply_to, (message,))
+
+    def _take_all(self, reply_to: ReplyTo, batch: Iterable[Message]) -> None:
+        for message in batch:
             op = message[0]
             if op in OPENING:
                 self._begin(reply_to, message)
@@ -247,9 +276,11 @@ class Runner:
                     websocket.event_arrived(message[3])
             elif op == CANCEL:
                 self._cancel((reply_to, message[1]))
+            elif op == DECLINE:
+                self._withdraw_place(reply_to)
 
     def _begin(self, reply_to: ReplyTo, message: Message) -> None:
-        if not self._accepting or self.ongoing >= self.spec.max_ongoing_requests:
+        if not self._accepting or not self._places.take(reply_to, self.ongoing):
             reason = "stopping" if self._stopping else "full"
             reply_to.send((REFUSED, message[1], reason))
             return
@@ -295,6 +326,7 @@ class Runner:
             call.task.cancel()
 
     def _cancel_from(self, reply_to: ReplyTo) -> None:
+        self._places.forget(reply_to)
         for key in [*self._http, *self._websockets, *self._calls]:
             if key[0] is reply_to:
                 self._cancel(key)
@@ -302,6 +334,18 @@ class Runner:
     def _finished(self) -> None:
         if self._stopping:
             self._wake_if_idle()
+        elif self._places.wanted:
+            self._offer_places()
+
+    def _offer_places(self) -> None:
+        """Keep places that are free for callers who were refused, in turn."""
+        while (caller := self._places.offer(self.ongoing)) is not None:
+            caller.send((ROOM, 0, self.spec.replica_id))
+            self.loop.call_later(KEPT_S, self._withdraw_place, caller)
+
+    def _withdraw_place(self, caller: ReplyTo) -> None:
+        self._places.withdraw(caller)
+        self._offer_places()
 
     def _wake_if_idle(self) -> None:
         if self.ongoing == 0:

@@ -23,6 +23,7 @@ from daskserve.transport.messages import (
     OP_CHANNEL,
     OPENING,
     REFUSED,
+    ROOM,
     Message,
 )
 from daskserve.transport.outbox import Outbox
@@ -172,6 +173,8 @@ class Channel:
     """A caller's connection to one place: a worker, or its own process."""
 
     def __init__(self) -> None:
+        #: Told the id of a replica that has a place for who was refused before.
+        self.on_room: Callable[[int], None] | None = None
         self._exchanges: dict[int, Exchange] = {}
         self._last_id = 0
 
@@ -203,6 +206,13 @@ class Channel:
             exchange = self._exchanges.get(message[1])
             if exchange is not None:
                 exchange.push(message)
+            elif message[1] == 0:
+                self._take(message)
+
+    def _take(self, message: Message) -> None:
+        """Take a message that belongs to no exchange."""
+        if message[0] == ROOM and self.on_room is not None:
+            self.on_room(message[2])
 
     def _fail_all(self, reason: str) -> None:
         exchanges, self._exchanges = self._exchanges, {}

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
+import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
@@ -27,26 +29,33 @@ from daskserve.transport.channel import (
     Inbox,
     LocalChannel,
 )
-from daskserve.transport.messages import CANCEL, REFUSED, Message
+from daskserve.transport.direct import DirectAddress, DirectChannel
+from daskserve.transport.messages import CANCEL, DECLINE, REFUSED, Message
 from daskserve.transport.queue_reports import QueueReports
 from daskserve.transport.router import Router, Slot
 
 logger = logging.getLogger(__name__)
 
-#: How long a replica that refused a request is not asked again.
-REFUSED_PAUSE_S = 0.01
+#: How long a replica that refused a request is not asked again, unless it says before
+#: that it has room.
+REFUSED_PAUSE_S = 0.05
 #: How long after a connection broke, or could not be made, it is tried again.
 RECONNECT_S = 0.2
+#: How long after a replica's own port could not be reached it is tried again.
+DIRECT_RETRY_S = 30.0
 #: How long a new snapshot may wait for connections before it counts as taken.
 CONNECTED_S = 1.0
 #: How long a process that has just connected waits to be told of the routing.
 FIRST_SNAPSHOT_S = 10
 
+_numbers = itertools.count()
+
 
 class Group:
     """One deployment as this process sees it."""
 
-    __slots__ = ("hopeless", "max_queued", "name", "router", "timeout_s", "waiting")
+    __slots__ = ("hopeless", "max_queued", "name", "router", "timeout_s", "timer",
+                 "waiting")  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -54,7 +63,10 @@ class Group:
         self.hopeless = False
         self.max_queued: int | None = None
         self.timeout_s: float | None = None
-        self.waiting: deque[asyncio.Future[Slot]] = deque()
+        #: Of the next look at replicas that have refused.
+        self.timer: asyncio.TimerHandle | None = None
+        #: In the order in which they came.
+        self.waiting: deque[Call] = deque()
 
     def update(self, info: Mapping[str, Any], local_address: str | None) -> None:
         """Take this deployment's part of a snapshot."""
@@ -63,10 +75,18 @@ class Group:
         self.router.update(
             (
                 Slot(replica_id, tag, worker, local=worker == local_address)
-                for replica_id, tag, worker in info["replicas"]
+                for replica_id, tag, worker, _ in info["replicas"]
             ),
             info["max_ongoing"],
         )
+
+    def enqueue(self, call: Call) -> None:
+        """Add a call that waits: one that was refused goes where it was before."""
+        place = len(self.waiting)
+        if call.refused:
+            behind = (i for i, c in enumerate(self.waiting) if c.number > call.number)
+            place = next(behind, place)
+        self.waiting.insert(place, call)
 
     def unavailable(self) -> DeploymentUnavailableError | None:
         """Say why nothing can ever take a request, or None if waiting makes sense."""
@@ -86,6 +106,8 @@ class Dispatcher:
         The transport loop; everything but `update_threadsafe` runs on it.
     connect
         Opens a Dask comm to a worker's address.
+    context
+        The cluster's TLS, for direct connections; None: it has none.
     local_address, inboxes
         The Dask address of the worker in this process and its replicas, if there is
         one.
@@ -96,6 +118,7 @@ class Dispatcher:
         loop: asyncio.AbstractEventLoop,
         connect: Callable[[str], Awaitable[Any]],
         *,
+        context: ssl.SSLContext | None = None,
         local_address: str | None = None,
         inboxes: Mapping[int, Inbox] | None = None,
     ) -> None:
@@ -109,7 +132,13 @@ class Dispatcher:
         self._connect = connect
         self._local_address = local_address
         self._local = LocalChannel(loop, inboxes) if inboxes is not None else None
+        if self._local is not None:
+            self._local.on_room = self._has_room
         self._channels: dict[str, CommChannel] = {}
+        self._context = context
+        #: Direct connections, and the addresses of all there could be, by replica.
+        self._direct: dict[int, DirectChannel] = {}
+        self._direct_addresses: dict[int, tuple[str, DirectAddress]] = {}
         self._first_snapshot = asyncio.Event()
         self._opened = asyncio.Event()
         self._closed = False
@@ -134,6 +163,7 @@ class Dispatcher:
             for slot in group.router.slots.values():
                 slot.reachable = self._connected(slot)
             self._hand_out(group)
+        self._update_direct(deployments)
         self._drop_idle_channels()
         for listener in self.listeners:
             listener(snapshot)
@@ -153,8 +183,12 @@ class Dispatcher:
     def worker_lost(self, address: str) -> None:
         """Fail at once what waits for a worker that the scheduler has given up."""
         channel = self._channels.get(address)
+        reason = f"worker {address} left the cluster"
         if channel is not None:
-            channel.close(f"worker {address} left the cluster")
+            channel.close(reason)
+        for direct in list(self._direct.values()):
+            if direct.worker == address:
+                direct.close(reason)
 
     async def close(self) -> None:
         """Close all channels; what is open fails."""
@@ -164,6 +198,9 @@ class Dispatcher:
             self._fail_waiting(group, stopped)
         if self._local is not None:
             self._local.close("daskserve is stopping here")
+        self._direct_addresses = {}
+        for direct in list(self._direct.values()):
+            direct.close("daskserve is stopping here")
         for channel in list(self._channels.values()):
             channel.close("daskserve is stopping here")
             await channel.wait_closed()
@@ -203,13 +240,10 @@ class Dispatcher:
         if not call.refused:  # one that was refused had its turn already
             self._check_queue(group)
         waiter: asyncio.Future[Slot] = self.loop.create_future()
-        if call.refused:  # it had its turn already: back to the head of the queue
-            group.waiting.appendleft(waiter)
-            self.loop.call_later(REFUSED_PAUSE_S, self._hand_out, group)
-        else:
-            group.waiting.append(waiter)
-        self.queues.changed()
         call.waiter = waiter
+        group.enqueue(call)
+        self._look_again(group, self.loop.time())
+        self.queues.changed()
         try:
             return await waiter
         except BaseException:
@@ -218,9 +252,9 @@ class Dispatcher:
                 self.release(group, waiter.result())
             raise
         finally:
-            call.waiter = None
             with contextlib.suppress(ValueError):
-                group.waiting.remove(waiter)
+                group.waiting.remove(call)
+            call.waiter = None
 
     def release(self, group: Group, slot: Slot) -> None:
         """Take a request out of a replica's count, which makes room for another."""
@@ -232,6 +266,9 @@ class Dispatcher:
         """Return the channel to a replica that is reachable."""
         if slot.local and self._local is not None:
             return self._local
+        direct = self._direct.get(slot.replica_id)
+        if direct is not None and direct.is_open:
+            return direct
         return self._channels[slot.worker]
 
     def _check_queue(self, group: Group) -> None:
@@ -259,9 +296,10 @@ class Dispatcher:
 
     def _open(self, address: str) -> None:
         if not self._closed and address not in self._channels:
-            self._channels[address] = CommChannel(
+            channel = self._channels[address] = CommChannel(
                 address, self._connect, self._channel_opened, self._channel_closed
             )
+            channel.on_room = self._has_room
 
     def _channel_opened(self, channel: CommChannel) -> None:
         self._set_reachable(channel.address, True)
@@ -276,6 +314,50 @@ class Dispatcher:
             self._set_reachable(address, False)
             # If replicas are still said to be there, the network had a moment.
             self.loop.call_later(RECONNECT_S, self._reopen, address)
+
+    def _update_direct(self, deployments: Mapping[str, Any]) -> None:
+        """Begin connections to the ports of new replicas; end those of old ones."""
+        self._direct_addresses = {
+            replica_id: (worker, DirectAddress(*direct))
+            for info in deployments.values()
+            for replica_id, _, worker, direct in info["replicas"]
+            if direct is not None and worker != self._local_address
+        }
+        for replica_id in self._direct_addresses.keys() - self._direct.keys():
+            self._open_direct(replica_id)
+        for replica_id in self._direct.keys() - self._direct_addresses.keys():
+            if self._direct[replica_id].idle:  # else its end is the replica's to say
+                self._direct[replica_id].close("the replica is not there any more")
+
+    def _open_direct(self, replica_id: int) -> None:
+        found = self._direct_addresses.get(replica_id)
+        if found is None or replica_id in self._direct:
+            return
+        worker, address = found
+        context = self._context if worker.startswith("tls://") else None
+
+        def closed(channel: DirectChannel) -> None:
+            del self._direct[replica_id]
+            if channel.broke:
+                self._doubt(replica_id, worker)
+            delay = RECONNECT_S if channel.broke else DIRECT_RETRY_S
+            self.loop.call_later(delay, self._open_direct, replica_id)
+
+        channel = DirectChannel(address, worker, context, closed)
+        channel.on_room = self._has_room
+        self._direct[replica_id] = channel
+
+    def _doubt(self, replica_id: int, worker: str) -> None:
+        """Send nothing to a replica whose connection broke, until more is known."""
+        for group in self.groups.values():
+            slot = group.router.slots.get(replica_id)
+            if slot is not None:
+                slot.reachable = False
+                self.loop.call_later(RECONNECT_S, self._believe, slot, group)
+
+    def _believe(self, slot: Slot, group: Group) -> None:
+        slot.reachable = self._connected(slot)
+        self._hand_out(group)
 
     def _reopen(self, address: str) -> None:
         if any(slot.worker == address for slot in self._remote_slots()):
@@ -302,7 +384,8 @@ class Dispatcher:
     def _hand_out(self, group: Group) -> None:
         now = self.loop.time()
         while group.waiting:
-            if group.waiting[0].done():
+            waiter = group.waiting[0].waiter
+            if waiter is None or waiter.done():
                 group.waiting.popleft()
                 continue
             slot = group.router.choose(now)
@@ -310,20 +393,46 @@ class Dispatcher:
                 self._look_again(group, now)
                 return
             slot.in_flight += 1
-            group.waiting.popleft().set_result(slot)
+            group.waiting.popleft()
+            waiter.set_result(slot)
 
     def _look_again(self, group: Group, now: float) -> None:
-        # Room that other callers free at a replica is not told to us.
+        """Look once more when a replica that has refused may be asked again.
+
+        It tells when it has room, but for who comes from nowhere to a full one.
+        """
         pauses = [s.full_until for s in group.router.slots.values()]
         ends = [end for end in pauses if end > now]
-        if ends:
-            self.loop.call_at(min(ends) + 0.001, self._hand_out, group)
+        if ends and group.timer is None:
+            group.timer = self.loop.call_at(min(ends) + 0.001, self._pause_over, group)
+
+    def _pause_over(self, group: Group) -> None:
+        group.timer = None
+        self._hand_out(group)
+
+    def _has_room(self, replica_id: int) -> None:
+        """Note that a replica keeps a place for this process, for a moment."""
+        for group in self.groups.values():
+            slot = group.router.slots.get(replica_id)
+            if slot is None or not slot.reachable:
+                continue
+            # One: for a second there may be no room.
+            waiter = next((c.waiter for c in group.waiting if _is_open(c.waiter)), None)
+            if waiter is not None:
+                slot.in_flight += 1
+                waiter.set_result(slot)
+            else:
+                self.channel(slot).send((DECLINE, 0, replica_id))
 
     def _fail_waiting(self, group: Group, failure: Exception) -> None:
         while group.waiting:
-            waiter = group.waiting.popleft()
-            if not waiter.done():
+            waiter = group.waiting.popleft().waiter
+            if waiter is not None and not waiter.done():
                 waiter.set_exception(failure)
+
+
+def _is_open(waiter: asyncio.Future[Slot] | None) -> bool:
+    return waiter is not None and not waiter.done()
 
 
 class Call:
@@ -334,7 +443,8 @@ class Call:
     """
 
     __slots__ = ("_aborted", "_channel", "_dispatcher", "_exchange", "_name",
-                 "avoid", "group", "on_grant", "refused", "slot", "waiter")  # fmt: skip
+                 "avoid", "group", "number", "on_grant", "refused", "slot",
+                 "waiter")  # fmt: skip
 
     def __init__(self, dispatcher: Dispatcher, name: str) -> None:
         self._dispatcher = dispatcher
@@ -342,6 +452,8 @@ class Call:
         self._exchange: Exchange | None = None
         self._channel: Channel | None = None
         self._aborted: BaseException | None = None
+        #: Who came first has the lower one.
+        self.number = next(_numbers)
         self.group: Group | None = None
         self.slot: Slot | None = None
         self.waiter: asyncio.Future[Slot] | None = None

@@ -30,6 +30,15 @@ From a replica to a caller:
 ``REFUSED``   reason: it was not handed to user code, try another replica
 ``GRANT``     bytes of the request's body that user code has taken
 ============  ==============================================================
+
+These belong to no exchange, and have a 0 for its id:
+
+============  ==============================================================
+``ROOM``      replica: it keeps a place for who was refused before
+``DECLINE``   replica: from a caller that has no use for the place
+``WELCOME``   the secret was right (on direct connections)
+``GOODBYE``   the replica is about to end (on direct connections)
+============  ==============================================================
 """
 
 from __future__ import annotations
@@ -56,6 +65,11 @@ REFUSED: Final = 21
 GRANT: Final = 22
 PUSH: Final = 23
 END: Final = 24
+
+ROOM: Final = 32
+WELCOME: Final = 33
+GOODBYE: Final = 34
+DECLINE: Final = 35
 
 #: Messages that begin an exchange.
 OPENING: Final = frozenset({REQUEST, CALL, CONNECT})

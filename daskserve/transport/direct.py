@@ -1,0 +1,389 @@
+"""The quick carrier of a channel: a connection straight to a replica's own loop.
+
+A Dask comm takes a request through two more threads of the worker and through Dask's
+framing, which is most of what forwarding costs. So each replica listens itself, on the
+address of its worker and with the cluster's TLS, and callers connect to it beside the
+comm. Where that port cannot be reached, the comm goes on carrying everything.
+
+Frames are messages of `messages`, packed one after the other. The first is a secret
+which replica and callers have from the controller: the port is open to all users of a
+host, and calls have pickled arguments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import secrets
+import ssl
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import msgpack
+
+from daskserve.transport.channel import Channel, Exchange, Inbox
+from daskserve.transport.messages import GOODBYE, WELCOME, Message
+from daskserve.transport.outbox import Outbox
+
+logger = logging.getLogger(__name__)
+
+#: The kernel and uvloop hold about so much; the rest waits where small messages pass.
+WRITE_BUFFER_BYTES = 256 * 1024
+#: What a stranger may send before the secret is due.
+MAX_SECRET_BYTES = 256
+#: How long callers may take to leave a replica that says goodbye.
+GOODBYE_S = 1.0
+#: Seconds in which the secret has to come.
+SECRET_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class DirectAddress:
+    """Where a replica listens, and what it wants to hear first."""
+
+    host: str
+    port: int
+    secret: bytes
+
+    def to_message(self) -> list[Any]:
+        """Return it as plain data, for the controller and its snapshots."""
+        return [self.host, self.port, self.secret]
+
+
+class _Pipe(asyncio.Protocol):
+    """One end of a connection: messages in, in batches, and out, coalesced."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._thread_id = threading.get_ident()
+        self._transport: asyncio.Transport | None = None
+        self._unpacker = msgpack.Unpacker(
+            use_list=False,
+            strict_map_key=False,
+            unicode_errors="surrogatepass",
+            max_buffer_size=2**31 - 1,
+        )
+        self._pack = msgpack.Packer(unicode_errors="surrogatepass").pack
+        self._outbox = Outbox()
+        self._flushing = False
+        self._paused = False
+
+    def deliver(self, batch: list[Message]) -> None:
+        """Take what has arrived."""
+        raise NotImplementedError  # pragma: no cover
+
+    def lost(self) -> None:
+        """Note that the connection has ended."""
+        raise NotImplementedError  # pragma: no cover
+
+    def send(self, message: Message) -> None:
+        """Queue `message`; any thread."""
+        if threading.get_ident() == self._thread_id:
+            self._put(message)
+        else:
+            try:
+                self._loop.call_soon_threadsafe(self._put, message)
+            except RuntimeError:
+                logger.debug("the loop has stopped, dropped a message")
+
+    def close(self) -> None:
+        """End the connection when all is sent; on its loop."""
+        if self._transport is not None:
+            self._flush()
+            self._transport.close()
+
+    def abort(self) -> None:
+        """End the connection at once; on its loop."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    # What asyncio calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End."""
+        self._transport = None
+        self.lost()
+
+    def data_received(self, data: bytes) -> None:
+        """Unpack what is complete."""
+        try:
+            self._unpacker.feed(data)
+            batch = list(self._unpacker)
+        except Exception:
+            logger.exception("what came on a channel cannot be read")
+            self.abort()
+            return
+        if batch:
+            self.deliver(batch)
+
+    def pause_writing(self) -> None:
+        """Keep what is queued: small messages can pass bulk there."""
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        """Write what is queued."""
+        self._paused = False
+        self._flush()
+
+    # Parts.
+
+    def _put(self, message: Message) -> None:
+        self._outbox.put(message)
+        if not self._flushing:
+            # What else is sent in this turn of the loop goes along.
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        transport = self._transport
+        if transport is None:
+            return
+        try:
+            while self._outbox and not self._paused:
+                batch = self._outbox.take()
+                transport.write(b"".join(map(self._pack, batch)))
+        except Exception:
+            # Better that all on this channel fails than that it is never answered.
+            logger.exception("a channel cannot send")
+            self.abort()
+
+
+class DirectListener:
+    """A replica's port; everything on the replica's loop.
+
+    Parameters
+    ----------
+    inbox
+        The replica.
+    deliver
+        Takes a batch of messages and the pipe that answers go to.
+    """
+
+    def __init__(
+        self, inbox: Inbox, deliver: Callable[[Any, list[Message]], None]
+    ) -> None:
+        self._inbox = inbox
+        self._deliver = deliver
+        self._secret = secrets.token_bytes(16)
+        self._server: asyncio.Server | None = None
+        self._pipes: set[_Accepted] = set()
+        self._left = asyncio.Event()
+
+    async def start(self, host: str, context: ssl.SSLContext | None) -> DirectAddress:
+        """Listen on any free port of `host`.
+
+        Raises
+        ------
+        OSError
+            That is not possible.
+        """
+        loop = asyncio.get_running_loop()
+
+        def accept() -> _Accepted:
+            return _Accepted(loop, self)
+
+        self._server = await loop.create_server(accept, host, 0, ssl=context)
+        port = self._server.sockets[0].getsockname()[1]
+        return DirectAddress(host, port, self._secret)
+
+    async def say_goodbye(self) -> None:
+        """Send callers away; what they have sent meanwhile is still answered."""
+        if self._server is not None:
+            self._server.close()
+        for pipe in self._pipes:
+            pipe.send((GOODBYE, 0))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GOODBYE_S):
+                while self._pipes:
+                    self._left.clear()
+                    await self._left.wait()
+
+    def close(self) -> None:
+        """Stop listening and end all connections."""
+        if self._server is not None:
+            self._server.close()
+        for pipe in list(self._pipes):
+            pipe.close()
+
+
+class _Accepted(_Pipe):
+    """The replica's end."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, listener: DirectListener
+    ) -> None:
+        super().__init__(loop)
+        self._listener = listener
+        self._known = False
+        self._received = 0
+        self._timer = loop.call_later(SECRET_TIMEOUT_S, self._secret_due)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._listener._pipes.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._known:
+            self._received += len(data)
+            if self._received > MAX_SECRET_BYTES:
+                # The caller sends nothing else before it is told that it is known.
+                self.abort()
+                return
+        super().data_received(data)
+
+    def deliver(self, batch: list[Message]) -> None:
+        if self._known:
+            self._listener._deliver(self, batch)
+            return
+        first = batch[0]
+        secret = first[0] if type(first) is tuple and len(first) == 1 else b""
+        if type(secret) is bytes and hmac.compare_digest(
+            secret, self._listener._secret
+        ):
+            self._known = True
+            self._timer.cancel()
+            self.send((WELCOME, 0))
+        else:
+            logger.warning("somebody without the secret connected to a replica")
+            self.abort()
+
+    def lost(self) -> None:
+        self._timer.cancel()
+        self._listener._pipes.discard(self)
+        self._listener._left.set()
+        self._listener._inbox.forget(self)
+
+    def _secret_due(self) -> None:
+        if not self._known:
+            self.abort()
+
+
+class DirectChannel(Channel):
+    """A caller's connection to one replica; connects by itself, once.
+
+    Parameters
+    ----------
+    address
+        The replica's.
+    worker
+        The Dask address of its worker.
+    context
+        The cluster's TLS, if it has any.
+    on_close
+        Called once when the connection has ended or could not be made.
+    """
+
+    def __init__(
+        self,
+        address: DirectAddress,
+        worker: str,
+        context: ssl.SSLContext | None,
+        on_close: Callable[[DirectChannel], None],
+    ) -> None:
+        super().__init__()
+        self.worker = worker
+        self.is_open = False
+        #: It was open, and the replica has not said goodbye.
+        self.broke = False
+        self._address = address
+        self._context = context
+        self._on_close = on_close
+        #: It has been open, at some time.
+        self.greeted = False
+        self._retired = False
+        self._pipe: _Connected | None = None
+        self._reason = f"the connection to a replica on worker {worker} was lost"
+        self._task = asyncio.ensure_future(self._connect())
+        self._task.add_done_callback(self._connected)
+
+    def send(self, message: Message) -> None:
+        """Send a caller's message."""
+        assert self._pipe is not None, "a channel is used when it is open"
+        self._pipe.send(message)
+
+    def close(self, reason: str) -> None:
+        """Close the connection; exchanges that are open fail with `reason`."""
+        self._reason = reason
+        self.is_open = False
+        self._task.cancel()
+        if self._pipe is not None:
+            self._pipe.abort()
+        self.ended()
+
+    def close_exchange(self, exchange: Exchange) -> None:
+        """End an exchange, and with the last one a connection that is retired."""
+        super().close_exchange(exchange)
+        if self._retired and self.idle:
+            self.close("the replica has ended")
+
+    def ended(self) -> None:
+        """Fail what is open, once."""
+        self.broke = self.is_open
+        self.is_open = False
+        on_close, self._on_close = self._on_close, _nothing
+        on_close(self)
+        self._fail_all(self._reason)
+
+    def _take(self, message: Message) -> None:
+        if message[0] == WELCOME:
+            self.greeted = self.is_open = True
+        elif message[0] == GOODBYE:  # take nothing new
+            self._retired, self.is_open = True, False
+            if self.idle:
+                self.close("the replica has ended")
+        else:
+            super()._take(message)
+
+    async def _connect(self) -> None:
+        loop = asyncio.get_running_loop()
+        address = self._address
+        _, pipe = await loop.create_connection(
+            lambda: _Connected(loop, self),
+            address.host,
+            address.port,
+            ssl=self._context,
+            server_hostname="" if self._context is not None else None,
+        )
+        self._pipe = pipe
+        pipe.send((address.secret,))
+
+    def _connected(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is not None:
+            logger.info(
+                "No direct connection to a replica on %s (%s): requests go by way of "
+                "the worker's own port, which is slower",
+                self.worker,
+                error,
+            )
+            self.ended()
+
+
+class _Connected(_Pipe):
+    """The caller's end."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, channel: DirectChannel) -> None:
+        super().__init__(loop)
+        self._channel = channel
+
+    def deliver(self, batch: list[Message]) -> None:
+        self._channel._receive(batch)
+
+    def lost(self) -> None:
+        self._channel.ended()
+
+
+def _nothing(channel: DirectChannel) -> None:
+    pass

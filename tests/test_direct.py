@@ -1,0 +1,308 @@
+"""Connections straight to a replica's port; real sockets, a stand-in behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgpack
+import pytest
+from distributed import Security
+from distributed.comm.core import connect
+
+from daskserve.transport import direct, dispatcher
+from daskserve.transport.channel import ConnectionLostError
+from daskserve.transport.direct import DirectAddress, DirectChannel, DirectListener
+from daskserve.transport.dispatcher import Call, Dispatcher
+from daskserve.transport.messages import CALL, CHUNK, REFUSED, RESULT, Message
+from tests.test_dispatcher import Place, StandIn, keep, snapshot
+
+
+class Replica(StandIn):
+    """A stand-in that listens on a port of its own."""
+
+    async def listen(self, context: ssl.SSLContext | None = None) -> DirectAddress:
+        self.batches: list[int] = []
+        self.listener = DirectListener(self, self.take)
+        return await self.listener.start("127.0.0.1", context)
+
+    def take(self, reply_to: Any, batch: list[Message]) -> None:
+        self.batches.append(len(batch))
+        for message in batch:
+            self.put(reply_to, message)
+
+
+async def open_channel(
+    address: DirectAddress, context: ssl.SSLContext | None = None
+) -> DirectChannel:
+    channel = DirectChannel(address, "tcp://w:1", context, lambda channel: None)
+    await until(lambda: channel.is_open)
+    return channel
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def run(test: Callable[[Replica], Coroutine[Any, Any, None]]) -> None:
+    async def bounded() -> None:
+        replica = Replica()
+        async with asyncio.timeout(30):
+            await test(replica)
+        replica.listener.close()
+        await asyncio.sleep(0)
+
+    asyncio.run(bounded())
+
+
+def test_many_exchanges_at_once() -> None:
+    async def test(replica: Replica) -> None:
+        channel = await open_channel(await replica.listen())
+        exchanges = [channel.open() for _ in range(1000)]
+        for exchange in exchanges:
+            channel.send((CALL, exchange.exchange_id, 1, "f", b"%d" % id(exchange)))
+        for exchange in exchanges:
+            answer = await exchange.next()
+            assert answer == (RESULT, exchange.exchange_id, "f")
+            channel.close_exchange(exchange)
+        assert channel.idle
+        assert max(replica.batches) > 10  # they went together
+        channel.close("done")
+
+    run(test)
+
+
+def test_bulk_both_ways() -> None:
+    def answer(replica: StandIn, reply_to: Any, message: Message) -> None:
+        reply_to.send((CHUNK, message[1], message[3], False))
+
+    async def test(replica: Replica) -> None:
+        replica.answer = answer
+        channel = await open_channel(await replica.listen())
+        exchanges = [channel.open() for _ in range(20)]
+        for exchange in exchanges:
+            data = bytes([exchange.exchange_id]) * 3_000_000
+            channel.send((CALL, exchange.exchange_id, 1, data))
+        for exchange in exchanges:
+            message = await exchange.next()
+            assert message[2] == bytes([exchange.exchange_id]) * 3_000_000
+        channel.close("done")
+
+    run(test)
+
+
+def test_other_threads_may_answer() -> None:
+    def answer(replica: StandIn, reply_to: Any, message: Message) -> None:
+        loop = asyncio.get_running_loop()
+        loop.run_in_executor(None, reply_to.send, (RESULT, message[1], "thread"))
+
+    async def test(replica: Replica) -> None:
+        replica.answer = answer
+        channel = await open_channel(await replica.listen())
+        exchange = channel.open()
+        channel.send((CALL, exchange.exchange_id, 1))
+        assert await exchange.next() == (RESULT, exchange.exchange_id, "thread")
+        channel.close("done")
+
+    run(test)
+
+
+def test_what_is_open_fails_with_the_connection() -> None:
+    async def test(replica: Replica) -> None:
+        replica.answer = keep
+        address = await replica.listen()
+        for side in ("replica", "caller"):
+            channel = await open_channel(address)
+            exchange = channel.open()
+            channel.send((CALL, exchange.exchange_id, 1))
+            await until(lambda: replica.messages)
+            forgotten = replica.forgotten
+            if side == "caller":
+                channel.close("because")
+            else:
+                for pipe in list(replica.listener._pipes):
+                    pipe.abort()
+            with pytest.raises(ConnectionLostError):
+                await exchange.next()
+            assert not channel.is_open
+            await until(lambda before=forgotten: replica.forgotten == before + 1)  # type: ignore[misc]
+            replica.messages.clear()
+
+    run(test)
+
+
+@pytest.mark.parametrize("what", ["wrong secret", "no secret", "nonsense", "flood"])
+def test_strangers_get_nowhere(what: str) -> None:
+    first = {
+        "wrong secret": msgpack.packb((b"x" * 16,)),
+        "no secret": msgpack.packb((CALL, 1, 1, "f", b"")),
+        "nonsense": b"\xc1\xc1\xc1",
+        "flood": b"x" * 100_000,
+    }[what]
+
+    async def test(replica: Replica) -> None:
+        address = await replica.listen()
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        writer.write(first + msgpack.packb((CALL, 1, 1, "f", b"")))
+        assert await read_all(reader) == b""
+        writer.close()
+        assert replica.messages == []
+        assert not replica.listener._pipes
+
+    run(test)
+
+
+async def read_all(reader: asyncio.StreamReader) -> bytes:
+    try:
+        return await reader.read()
+    except ConnectionResetError:
+        return b""
+
+
+def test_silent_strangers_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "SECRET_TIMEOUT_S", 0.05)
+
+    async def test(replica: Replica) -> None:
+        address = await replica.listen()
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        assert await read_all(reader) == b""
+        writer.close()
+
+    run(test)
+
+
+def test_tls() -> None:
+    security = Security.temporary()
+    server = security.get_listen_args("worker")["ssl_context"]
+    client = security.get_connection_args("worker")["ssl_context"]
+
+    async def test(replica: Replica) -> None:
+        address = await replica.listen(server)
+        channel = await open_channel(address, client)
+        exchange = channel.open()
+        channel.send((CALL, exchange.exchange_id, 1, b"x" * 1_000_000))
+        assert (await exchange.next())[0] == RESULT
+        channel.close("done")
+        closed: list[DirectChannel] = []
+        DirectChannel(address, "tcp://w:1", None, closed.append)  # without TLS
+        await until(lambda: closed)
+        assert not closed[0].greeted
+
+    run(test)
+
+
+# In a dispatcher.
+
+
+async def call(made: Dispatcher, retry: bool = False) -> Message:
+    request = Call(made, "D")
+    try:
+        return await request.first(
+            lambda exchange_id, replica_id: (CALL, exchange_id, replica_id, b"args"),
+            retry_lost=retry,
+        )
+    finally:
+        request.finish()
+
+
+def dispatching(
+    test: Callable[[Dispatcher, Replica, Place], Coroutine[Any, Any, None]],
+) -> None:
+    """Run a test with a replica that can be reached both ways."""
+
+    async def bounded(replica: Replica) -> None:
+        address = await replica.listen()
+        place = await Place({1: replica}).start()
+        made = Dispatcher(asyncio.get_running_loop(), connect)
+        news = snapshot((1, place))
+        news["deployments"]["D"]["replicas"][0][3] = address.to_message()
+        made.update(1, news)
+        await made.connected()
+        await test(made, replica, place)
+        await made.close()
+        place.stop()
+
+    run(bounded)
+
+
+def test_direct_connections_are_preferred() -> None:
+    async def test(made: Dispatcher, replica: Replica, place: Place) -> None:
+        await until(lambda: made._direct[1].is_open)
+        assert (await call(made))[0] == RESULT
+        assert sum(replica.batches) == 1  # it came to the replica's own port
+        made.update(2, snapshot((1, place)))  # which is gone
+        assert not made._direct
+        assert (await call(made))[0] == RESULT
+        assert sum(replica.batches) == 1
+
+    dispatching(test)
+
+
+def test_comms_carry_what_direct_connections_cannot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatcher, "DIRECT_RETRY_S", 0.05)
+
+    async def test(made: Dispatcher, replica: Replica, place: Place) -> None:
+        await until(lambda: made._direct[1].is_open)
+        replica.listener.close()
+        await until(lambda: not made._direct)
+        for _ in range(10):  # it is tried again and again, which disturbs nobody
+            assert (await call(made))[0] == RESULT
+            await asyncio.sleep(0.02)
+        assert sum(replica.batches) == 0
+
+    dispatching(test)
+
+
+def test_a_broken_connection_is_made_again() -> None:
+    async def test(made: Dispatcher, replica: Replica, place: Place) -> None:
+        replica.answer = keep
+        await until(lambda: made._direct[1].is_open)
+        first = made._direct[1]
+        lost = asyncio.ensure_future(call(made, retry=True))
+        await until(lambda: replica.messages)
+        for pipe in list(replica.listener._pipes):
+            pipe.abort()
+        await until(lambda: len(replica.messages) == 2)  # sent once more
+        replica.answer = lambda r, reply_to, m: reply_to.send((RESULT, m[1], b""))
+        await until(lambda: 1 in made._direct and made._direct[1].is_open)
+        assert made._direct[1] is not first
+        assert (await call(made))[0] == RESULT
+        lost.cancel()
+
+    dispatching(test)
+
+
+def test_a_replica_that_ends_sends_its_callers_away() -> None:
+    def refuse(replica: StandIn, reply_to: Any, message: Message) -> None:
+        reply_to.send((REFUSED, message[1], "stopping"))
+
+    async def test(replica: Replica) -> None:
+        replica.answer = keep
+        address = await replica.listen()
+        idle, busy = await open_channel(address), await open_channel(address)
+        exchange = busy.open()
+        busy.send((CALL, exchange.exchange_id, 1))
+        await until(lambda: replica.messages)
+        replica.answer = refuse
+        leaving = asyncio.ensure_future(replica.listener.say_goodbye())
+        late = idle.open()
+        idle.send((CALL, late.exchange_id, 1))  # it crosses the goodbye
+        assert await late.next() == (REFUSED, late.exchange_id, "stopping")
+        idle.close_exchange(late)
+        await until(lambda: not busy.is_open)
+        await until(lambda: len(replica.listener._pipes) == 1)  # the idle one has left
+        (pipe,) = replica.listener._pipes
+        pipe.send((RESULT, exchange.exchange_id, b"after all"))
+        assert await exchange.next() == (RESULT, exchange.exchange_id, b"after all")
+        busy.close_exchange(exchange)
+        await leaving
+        assert not replica.listener._pipes
+        assert not (idle.broke or busy.broke)
+
+    run(test)
