@@ -1,0 +1,92 @@
+"""What is loaded: plain uvicorn, and daskserve on a cluster of processes."""
+
+from __future__ import annotations
+
+import io
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import daskserve as serve
+from tests.benchmarks import apps
+from tests.test_http import Site
+from tests.utils import ROOT, Process, ProcessCluster, free_port, poll
+
+
+@contextmanager
+def plain_uvicorn(app: str) -> Iterator[str]:
+    """Serve an app of `apps` by uvicorn alone; give its URL."""
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", f"tests.benchmarks.apps:{app}"]
+    command += ["--port", str(port), "--loop", "uvloop", "--http", "httptools"]
+    command += ["--no-access-log", "--workers", "1"]
+    with tempfile.TemporaryDirectory(prefix="daskserve-bench-") as directory:
+        log = Path(directory) / "uvicorn.log"
+        process = Process("uvicorn", command, log, {}, ROOT)
+        url = f"http://127.0.0.1:{port}/"
+        try:
+            poll(lambda: _answers(url), 30)
+            yield url
+        finally:
+            process.end_group()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+class QuietCluster(ProcessCluster):
+    """A cluster that keeps its logs out of the table."""
+
+    def __exit__(self, *error: Any) -> None:
+        with redirect_stdout(io.StringIO()):
+            super().__exit__(*error)
+
+
+@contextmanager
+def daskserve(variant: str) -> Iterator[Site]:
+    """Start an instance as a variant wants it; the access log is off by default."""
+    workers = 1 if variant == "every-1" else 2
+    location = "HeadOnly" if variant.startswith("head") else "EveryNode"
+    with QuietCluster(workers, nanny=False) as cluster, cluster.client() as client:
+        instance = serve.start(http_options={"port": 0, "location": location})
+        try:
+            yield Site(cluster, client, instance)
+        finally:
+            instance.shutdown()
+
+
+def deploy(site: Site, app: str, variant: str) -> str:
+    """Deploy an app where the variant wants its replicas; give its URL."""
+    where = {"head-far": "far", "head-near": "near"}.get(variant)
+    replicas = 2 if variant == "every-2" else 1
+    target = _target(app)
+    deployment = site.deploy(target, where=where, num_replicas=replicas)
+    _check_placement(site, deployment.name, replicas)
+    url = site.at(deployment) + ("" if app == "function" else "/")
+    poll(lambda: _answers(url), 30)
+    return url
+
+
+def _check_placement(site: Site, name: str, replicas: int) -> None:
+    status = site.instance.status().deployments[name]
+    assert len({replica.worker for replica in status.replicas}) == replicas, status
+
+
+def _target(app: str) -> Any:
+    if app == "function":
+        return apps.function
+
+    @serve.ingress(getattr(apps, apps.PLAIN[app]))
+    class Noop:
+        pass
+
+    return Noop
