@@ -54,8 +54,11 @@ PURE = [
     "config",
     "exceptions",
     "transport.messages",
+    "transport.outbox",
     "transport.router",
     "proxy.routes",
+    "proxy.windows",
+    "replica.places",
     "controller.*",
 ]
 #: ... and those of them that do the I/O for the others.
