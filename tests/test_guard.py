@@ -149,3 +149,46 @@ def test_bodies_are_whole() -> None:
 
     with run(echo) as (_, port):
         asyncio.run(check(port))
+
+
+def test_refused_websocket_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("daskserve.proxy.guard.LINGER_S", 0.2)
+    hold = threading.Event()
+
+    async def wait(scope: Any, receive: Any, send: Any) -> None:
+        while not hold.is_set():
+            await asyncio.sleep(0.01)
+
+    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    with run(wait, max_connections=1) as (guard, port), connect(port) as busy:
+        busy.sendall(REQUEST)
+        poll(lambda: guard.connections and not guard.idle)
+        with connect(port) as sock:
+            sock.sendall(REQUEST[:-2] + upgrade)
+            assert b" 503 " in sock.recv(1000)
+
+            def cut() -> bool:
+                try:
+                    sock.sendall(b"x")
+                except OSError:
+                    return True
+                return False
+
+            poll(cut)
+        hold.set()
+
+
+def test_steady_reader_of_many_responses_is_not_cut_off() -> None:
+    # Whenever the guard looks, something waits; yet all of it is taken.
+    size = 20_000
+    with run(Respond(1, size)) as (_, port), connect(port) as sock:
+        sock.sendall(REQUEST * 2)
+        end = time.monotonic() + 4 * STALL_S
+        taken = 0
+        while time.monotonic() < end:
+            part = sock.recv(2048)
+            assert part, "cut off"
+            if (taken + len(part)) // size > taken // size:
+                sock.sendall(REQUEST)
+            taken += len(part)
+            time.sleep(0.01)

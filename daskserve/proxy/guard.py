@@ -157,6 +157,8 @@ class GuardedProtocol(HttpProtocol):
             return
         self._guard.idle.pop(self, None)
         self._head_since = None
+        if not self.flow.write_paused:  # what waits will grow by this response
+            self._unsent = None
         self._check_head()
         before = self.cycle
         super().on_headers_complete()
@@ -186,10 +188,10 @@ class GuardedProtocol(HttpProtocol):
 
     def handle_websocket_upgrade(self) -> None:
         """Hand the connection to the WebSocket protocol."""
-        self._leave()
         if self._full:
             self._write_refusal(HTTPStatus.SERVICE_UNAVAILABLE, "Too many connections.")
         else:
+            self._leave()
             super().handle_websocket_upgrade()
 
     def pause_writing(self) -> None:

@@ -118,6 +118,8 @@ class Runner:
         self._calls: dict[Key, HandleCall] = {}
         self._listener: DirectListener | None = None
         self._places: Places[ReplyTo] = Places(spec.max_ongoing_requests)
+        #: When places that are kept for callers are given up.
+        self._offers: dict[ReplyTo, asyncio.TimerHandle] = {}
         self._accepting = False
         self._stopping = False
         self._idle = asyncio.Event()
@@ -199,13 +201,13 @@ class Runner:
 
     async def _listen(self) -> list[Any] | None:
         """Open the replica's own port; None if there is to be none."""
-        address = self.session.direct_listener()
-        if address is None:
-            return None
-        self._listener = DirectListener(self, self._take_all)
         try:
+            address = self.session.direct_listener()
+            if address is None:
+                return None
+            self._listener = DirectListener(self, self._take_all)
             return (await self._listener.start(*address)).to_message()
-        except OSError as err:
+        except Exception as err:  # requests come by way of the worker's port then
             logger.warning("Replica %s has no port of its own: %s", self.spec.tag, err)
             return None
 
@@ -280,6 +282,8 @@ class Runner:
                 self._withdraw_place(reply_to)
 
     def _begin(self, reply_to: ReplyTo, message: Message) -> None:
+        if self._offers and (timer := self._offers.pop(reply_to, None)):
+            timer.cancel()
         if not self._accepting or not self._places.take(reply_to, self.ongoing):
             reason = "stopping" if self._stopping else "full"
             reply_to.send((REFUSED, message[1], reason))
@@ -326,7 +330,10 @@ class Runner:
             call.task.cancel()
 
     def _cancel_from(self, reply_to: ReplyTo) -> None:
+        if (timer := self._offers.pop(reply_to, None)) is not None:
+            timer.cancel()
         self._places.forget(reply_to)
+        self._offer_places()
         for key in [*self._http, *self._websockets, *self._calls]:
             if key[0] is reply_to:
                 self._cancel(key)
@@ -339,11 +346,17 @@ class Runner:
 
     def _offer_places(self) -> None:
         """Keep places that are free for callers who were refused, in turn."""
+        if self._stopping:
+            return
         while (caller := self._places.offer(self.ongoing)) is not None:
             caller.send((ROOM, 0, self.spec.replica_id))
-            self.loop.call_later(KEPT_S, self._withdraw_place, caller)
+            self._offers[caller] = self.loop.call_later(
+                KEPT_S, self._withdraw_place, caller
+            )
 
     def _withdraw_place(self, caller: ReplyTo) -> None:
+        if (timer := self._offers.pop(caller, None)) is not None:
+            timer.cancel()
         self._places.withdraw(caller)
         self._offer_places()
 

@@ -1,8 +1,9 @@
 """Many exchanges on one connection, from a caller to a worker. Any process.
 
-Two carriers: a Dask comm to the worker's own address (no port of ours, the cluster's
-TLS holds), and a mailbox for replicas in the caller's process. Both carry the tuples of
-`messages`; whoever uses a `Channel` cannot tell them apart.
+Three carriers: a Dask comm to the worker's own address (no port of ours, the cluster's
+TLS holds), a mailbox for replicas in the caller's process, and, in `direct`, the quick
+one to a replica's own port. All carry the tuples of `messages`; whoever uses a
+`Channel` cannot tell them apart.
 """
 
 from __future__ import annotations
