@@ -47,7 +47,7 @@ NOT_WANTED = [
 OWNERS = {
     "click": ["cli"],
     "fastapi": ["demo*", "frozen_app", "ingress"],
-    "uvicorn": ["proxy.*protocol", "proxy.guard", "proxy.server"],
+    "uvicorn": ["proxy.*protocol", "proxy.express", "proxy.guard", "proxy.server"],
 }
 #: Modules that never import distributed, themselves or by way of another module ...
 PURE = [

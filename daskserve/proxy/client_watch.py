@@ -42,7 +42,9 @@ class ClientWatch:
     receive
         The server's ASGI ``receive``.
     timeout_s
-        Time until the response has to begin, from now; None for no limit.
+        Time until the response has to begin; None for no limit.
+    deadline
+        The end of it, on the loop's clock.
     options
         The instance's, for limits of the body.
     info
@@ -55,6 +57,7 @@ class ClientWatch:
         receive: Receive,
         *,
         timeout_s: float | None,
+        deadline: float | None,
         options: HTTPOptions,
         info: RequestInfo,
     ) -> None:
@@ -65,7 +68,7 @@ class ClientWatch:
         self._stall_timeout_s = options.stall_timeout_s
         self._info = info
         self._loop = asyncio.get_running_loop()
-        self._deadline = None if timeout_s is None else self._loop.time() + timeout_s
+        self._deadline = deadline
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._body_bytes = 0

@@ -44,12 +44,16 @@ class ForwardedHeaders:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
+        self.apply(scope)
+        await self._app(scope, receive, send)
+
+    def apply(self, scope: Scope) -> None:
+        """Apply what the headers say to `scope`; once."""
         said = [(n, v) for n, v in scope["headers"] if n.startswith(b"x-forwarded-")]
         # The connection's own address counts, not one that a header tells.
         peer = scope["client"]
         if said and (self._unix or (peer is not None and self._trusts(peer[0]))):
             self._apply(scope, said)
-        await self._app(scope, receive, send)
 
     def _apply(self, scope: Scope, said: list[tuple[bytes, bytes]]) -> None:
         last = dict(said)

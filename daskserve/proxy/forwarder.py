@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 from urllib.parse import quote
@@ -47,6 +48,50 @@ RETRY_AFTER = (b"retry-after", b"1")
 CREDIT_STEP_BYTES = 128 * 1024
 
 
+class Forwarding:
+    """One request on its way to a deployment, whichever way it goes.
+
+    Parameters
+    ----------
+    call
+        To the deployment.
+    head
+        The fields of `messages.HEAD_FIELDS`.
+    timeout_s
+        Time until the response has to begin; None for no limit.
+    """
+
+    __slots__ = ("body", "call", "deadline", "head", "more_body", "timeout_s")
+
+    def __init__(
+        self, call: Call, head: tuple[Any, ...], timeout_s: float | None
+    ) -> None:
+        self.call = call
+        self.head = head
+        self.timeout_s = timeout_s
+        #: On the loop's clock.
+        self.deadline: float | None = None
+        if timeout_s is not None:
+            self.deadline = asyncio.get_running_loop().time() + timeout_s
+        #: What of the request's body goes along with the head.
+        self.body = b""
+        self.more_body = False
+
+    @property
+    def window_bytes(self) -> int:
+        """How much of the response this proxy will hold."""
+        return self.head[-1]  # type: ignore[no-any-return]
+
+    @property
+    def retry_lost(self) -> bool:
+        """Whether another replica may be tried when one is lost with the request."""
+        return not self.more_body and self.head[0] in IDEMPOTENT
+
+    def make(self, exchange_id: int, replica_id: int) -> tuple[Any, ...]:
+        """Return the message to a replica."""
+        return (REQUEST, exchange_id, replica_id, self.head, self.body, self.more_body)
+
+
 class Forwarder:
     """Match the route, pick a replica, forward, answer.
 
@@ -76,6 +121,8 @@ class Forwarder:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         info: RequestInfo = scope[SCOPE_KEY]
+        if info.forwarding is not None:  # it comes from the quick way
+            return await self._run(info.forwarding, info, scope, receive, send)
         root_path = scope.get(FORWARDED_PREFIX, self._options.root_path)
         path, match = self._locate(scope["path"], root_path)
         websocket = scope["type"] == "websocket"
@@ -89,15 +136,58 @@ class Forwarder:
             return await send({"type": "websocket.close"})  # before accept: a 403
         if match is None:
             return await self._not_found(path, scope, send)
+        forwarding = self._new(scope, info, root_path, path, match)
+        await self._run(forwarding, info, scope, receive, send)
+
+    def prepare(self, scope: Scope, info: RequestInfo) -> Forwarding | None:
+        """Return what is to be forwarded; None if it is not for a deployment.
+
+        `finish` it, or leave it in `info` to `__call__`.
+        """
+        root_path = scope.get(FORWARDED_PREFIX, self._options.root_path)
+        path, match = self._locate(scope["path"], root_path)
+        if match is None or path.startswith("/-/"):
+            return None
+        return self._new(scope, info, root_path, path, match)
+
+    def too_large(self, body_bytes: int) -> bool:
+        """Whether a request's body is larger than it may be."""
+        limit = self._options.max_request_body_bytes
+        return limit is not None and body_bytes > limit
+
+    def finish(self, forwarding: Forwarding) -> None:
+        """End the call and give back what was taken for it."""
+        forwarding.call.finish()
+        self._windows.give_back(forwarding.window_bytes)
+
+    def _new(
+        self,
+        scope: Scope,
+        info: RequestInfo,
+        root_path: str,
+        path: str,
+        match: tuple[str, str],
+    ) -> Forwarding:
         info.prefix, info.deployment = match
         window = self._windows.take()
+        head = (*_head(scope, root_path, path, info), self._options.debug, window)
+        call = Call(self._dispatcher, info.deployment)
+        return Forwarding(call, head, self._timeout_s(info))
+
+    async def _run(
+        self,
+        forwarding: Forwarding,
+        info: RequestInfo,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        websocket = scope["type"] == "websocket"
         try:
-            head = (*_head(scope, root_path, path, info), self._options.debug, window)
-            timeout_s = self._timeout_s(info)
             if websocket:
-                relay = WebSocketRelay(self._dispatcher, info.deployment, timeout_s)
-                return await relay.run(head, scope, receive, send)
-            await self._forward(head, timeout_s, info, receive, send)
+                relay = WebSocketRelay(forwarding.call, forwarding.timeout_s)
+                return await relay.run(forwarding.head, scope, receive, send)
+            await self._forward(forwarding, info, receive, send)
         except ClientGoneError:
             raise
         except RequestError as err:
@@ -105,7 +195,7 @@ class Forwarder:
                 raise
             await self._respond_error(send, info, err)
         finally:
-            self._windows.give_back(window)
+            self.finish(forwarding)
 
     def _locate(self, path: str, root_path: str) -> tuple[str, tuple[str, str] | None]:
         """Return the path without root path, and ``(prefix, deployment)`` of it."""
@@ -138,40 +228,35 @@ class Forwarder:
         await self._not_found(path, scope, send)
 
     async def _forward(
-        self,
-        head: tuple[Any, ...],
-        timeout_s: float | None,
-        info: RequestInfo,
-        receive: Receive,
-        send: Send,
+        self, forwarding: Forwarding, info: RequestInfo, receive: Receive, send: Send
     ) -> None:
-        call = Call(self._dispatcher, info.deployment)
+        call = forwarding.call
         watch = ClientWatch(
             call,
             receive,
-            timeout_s=timeout_s,
+            timeout_s=forwarding.timeout_s,
+            deadline=forwarding.deadline,
             options=self._options,
             info=info,
         )
         try:
-            watch.check_length(info.headers.get(b"content-length"))
-            body, more_body = await watch.read_eagerly(EAGER_BODY_BYTES)
-
-            def make(exchange_id: int, replica_id: int) -> tuple[Any, ...]:
-                return REQUEST, exchange_id, replica_id, head, body, more_body
-
-            watch.start(more_body)
-            retry = not more_body and head[0] in IDEMPOTENT
-            message = await call.first(make, retry_lost=retry)
+            if not call.begun:
+                watch.check_length(info.headers.get(b"content-length"))
+                forwarding.body, forwarding.more_body = await watch.read_eagerly(
+                    EAGER_BODY_BYTES
+                )
+            watch.start(forwarding.more_body)
+            message = await call.first(
+                forwarding.make, retry_lost=forwarding.retry_lost
+            )
             info.answered = message[0] != ERROR
             watch.response_began()
-            await self._answer(call, message, send, window_bytes=head[-1])
+            await self._answer(call, message, send, forwarding.window_bytes)
         except BaseException:
             call.cancel()
             raise
         finally:
             watch.stop()
-            call.finish()
 
     async def _answer(
         self,

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("daskserve.access")
 
 
-def wrap(app: ASGIApp, options: HTTPOptions) -> ASGIApp:
+def wrap(app: ASGIApp, options: HTTPOptions) -> Front:
     """Put the instance's middlewares, and around them a `Front`, around `app`."""
     for middleware in reversed(options.middlewares):
         app = middleware.cls(app, *middleware.args, **middleware.kwargs)
@@ -45,13 +45,15 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        info = scope[SCOPE_KEY] = RequestInfo(scope)
+        info = scope.get(SCOPE_KEY)  # if it comes from the quick way
+        if info is None:
+            info = scope[SCOPE_KEY] = RequestInfo(scope)
         serve = self._http if scope["type"] == "http" else self._websocket
         try:
             await serve(scope, receive, send, info)
         finally:
             if access_logger.isEnabledFor(logging.INFO):
-                _log_access(scope.get("method", "WEBSOCKET"), info)
+                log_access(scope.get("method", "WEBSOCKET"), info)
 
     async def _http(
         self, scope: Scope, receive: Receive, send: Send, info: RequestInfo
@@ -68,7 +70,7 @@ class Front:
             info.status = event["status"]  # now that the server has taken it
 
         try:
-            if not self._authorized(scope, info):
+            if not self.authorized(scope, info):
                 challenge = (b"www-authenticate", b"Bearer")
                 await respond(send_with_id, 401, "Unauthorized", challenge)
             else:
@@ -97,7 +99,7 @@ class Front:
             await send(event)
 
         try:
-            if not self._authorized(scope, info):
+            if not self.authorized(scope, info):
                 await refuse(send_with_id, 401, "Unauthorized")
             else:
                 await self._app(scope, receive, send_with_id)
@@ -106,7 +108,8 @@ class Front:
             text = str(err) or type(err).__name__
             await refuse(send_with_id, err.status_code, text)
 
-    def _authorized(self, scope: Scope, info: RequestInfo) -> bool:
+    def authorized(self, scope: Scope, info: RequestInfo) -> bool:
+        """Whether a request has the token, if there is one."""
         if self._token is None:
             return True
         if scope["path"] == "/-/healthz" and scope["type"] == "http":
@@ -126,7 +129,8 @@ def _may_finish(info: RequestInfo) -> bool:
     return info.answered and b"content-length" in info.headers
 
 
-def _log_access(method: str, info: RequestInfo) -> None:
+def log_access(method: str, info: RequestInfo) -> None:
+    """Write a request's line."""
     access_logger.info(
         "%s %s %d %.1fms request_id=%s deployment=%s",
         method,

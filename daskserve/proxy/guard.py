@@ -17,6 +17,7 @@ from typing import Any
 from httptools import HttpParserError, HttpRequestParser
 
 from daskserve.config import HTTPOptions
+from daskserve.proxy.express import Express
 from daskserve.proxy.http_protocol import HttpProtocol
 from daskserve.proxy.request import FULL_KEY
 
@@ -46,6 +47,9 @@ class Guard:
         self.header_timeout_s = options.header_timeout_s
         self.max_header_bytes = options.max_header_bytes
         self.stall_timeout_s = options.stall_timeout_s
+        self.keep_alive_timeout_s = options.keep_alive_timeout_s
+        #: The quick way of requests, if there is one.
+        self.express: Express | None = None
         # The rest of the files is for the worker's own connections and user code.
         self.max_connections = min(options.max_connections, _max_files() // 2)
         self.connections: set[GuardedProtocol] = set()
@@ -61,6 +65,8 @@ class Guard:
         """End what has waited for its client for too long."""
         for connection in list(self.connections):
             connection.check(now)
+        if self.express is not None:
+            self.express.sweep(now)
 
     def make_room(self) -> bool:
         """Close the connection that has been idle for longest, if there is one."""
@@ -84,9 +90,11 @@ class GuardedProtocol(HttpProtocol):
     def __init__(self, guard: Guard, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._guard = guard
+        self.express = guard.express
         #: Since when a request's head is awaited; None if its first byte is, which
         #: is what the time for keeping a connection alive is about.
         self._head_since: float | None = None
+        self._idle_since = 0.0
         #: No less than the size of the head until now.
         self._head_bytes = 0
         self._last_data = b""
@@ -179,10 +187,15 @@ class GuardedProtocol(HttpProtocol):
         self._read_on(self._last_data[error.args[0] :])
 
     def on_response_complete(self) -> None:
-        """Wait for the next request."""
-        super().on_response_complete()
+        """Wait for the next request; uvicorn's would set a timer for that."""
+        self.server_state.total_requests += 1
+        self._idle_since = now = self.loop.time()
         if self._head_since is not None:  # its head has begun to come already
-            self._head_since = self.loop.time()
+            self._head_since = now
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
+            if self.pipeline:
+                self._start_asgi_task(*self.pipeline.pop())
         if not self._responding() and self._linger_until is None:
             self._guard.idle[self] = None
 
@@ -226,11 +239,15 @@ class GuardedProtocol(HttpProtocol):
         """End the connection if its client has kept us waiting for too long."""
         if self._linger_until is not None and now > self._linger_until:
             self.transport.abort()
-        responding = self._responding()
+        guard, responding = self._guard, self._responding()
         since = self._head_since
         if since is not None and not responding:
-            if now - since > self._guard.header_timeout_s:
+            if now - since > guard.header_timeout_s:
                 self._refuse(HTTPStatus.REQUEST_TIMEOUT)
+        elif (
+            not responding and now - self._idle_since > self._guard.keep_alive_timeout_s
+        ):
+            self.transport.close()
         elif not responding and self._unsent is None:
             # After its end a response can wait below the mark that pauses writing.
             size = self.transport.get_write_buffer_size()

@@ -13,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
+from daskserve.proxy.express import Express
 from daskserve.proxy.request import CONNECTION_KEY
 
 #: Pauses in reading that are shorter are not watched: most of them are.
@@ -28,7 +29,12 @@ class HttpProtocol(HttpToolsProtocol):
 
     #: Called when the connection is lost; for whoever does not wait in ``receive``.
     on_lost: Callable[[], None] | None = None
+    #: The quick way, if the server has one.
+    express: Express | None = None
     _running: RequestResponseCycle | None = None
+    #: A request that begins when its body is there, or all that came is parsed.
+    _unstarted: tuple[RequestResponseCycle, Any] | None = None
+    _parsing = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin."""
@@ -39,6 +45,23 @@ class HttpProtocol(HttpToolsProtocol):
         """Make the connection known to its request."""
         super().on_message_begin()
         self.scope[CONNECTION_KEY] = self  # type: ignore[literal-required]
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, and begin the request that is complete, or else is not."""
+        self._parsing = True
+        super().data_received(data)
+        self._parsing = False
+        if self._unstarted is not None:
+            (cycle, app), self._unstarted = self._unstarted, None
+            if not cycle.disconnected:  # it was not refused
+                super()._start_asgi_task(cycle, app)
+
+    def on_message_complete(self) -> None:
+        """Begin a request that has come whole."""
+        super().on_message_complete()
+        if self._unstarted is not None:
+            (cycle, app), self._unstarted = self._unstarted, None
+            self._start_whole(cycle, app)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the request that runs, too."""
@@ -57,6 +80,21 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
+        if not cycle.more_body:
+            self._start_whole(cycle, app)
+        elif self._parsing and self.express is not None:
+            self._unstarted = (cycle, app)
+        else:
+            super()._start_asgi_task(cycle, app)
+
+    def _start_whole(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if self.express is not None:
+            app = self.express.begin(cycle)
+        if app is not None:
+            super()._start_asgi_task(cycle, app)
+
+    def start_ordinarily(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Run `app` for a request that cannot go on the quick way."""
         super()._start_asgi_task(cycle, app)
 
 

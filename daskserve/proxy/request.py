@@ -43,6 +43,7 @@ class RequestInfo:
         "body_unread",
         "connection",
         "deployment",
+        "forwarding",
         "headers",
         "prefix",
         "request_id",
@@ -66,6 +67,8 @@ class RequestInfo:
         self.connection: Any = scope.get(CONNECTION_KEY)
         self.prefix = ""
         self.deployment = ""
+        #: The `Forwarding` that the quick way has begun.
+        self.forwarding: Any = None
 
 
 def origin(scope: Scope, info: RequestInfo) -> str:

@@ -16,6 +16,7 @@ from distributed.utils import get_ip_interface
 
 from daskserve.config import HTTPOptions
 from daskserve.exceptions import ProxyStartError
+from daskserve.proxy.express import Express
 from daskserve.proxy.forwarded import ForwardedHeaders
 from daskserve.proxy.forwarder import Forwarder
 from daskserve.proxy.front import wrap
@@ -141,11 +142,12 @@ class HTTPServer:
     def _config(self) -> uvicorn.Config:
         options = self._options
         password = options.ssl_keyfile_password
-        app: Any = ForwardedHeaders(
-            wrap(self._forwarder, options),
-            options.trusted_proxies,
-            unix=options.uds is not None,
+        front = wrap(self._forwarder, options)
+        app = ForwardedHeaders(
+            front, options.trusted_proxies, unix=options.uds is not None
         )
+        if not options.middlewares:
+            self._guard.express = Express(app, front, self._forwarder)
         return uvicorn.Config(
             app,
             interface="asgi3",
@@ -160,7 +162,6 @@ class HTTPServer:
             access_log=False,
             server_header=False,
             backlog=BACKLOG,
-            timeout_keep_alive=max(1, round(options.keep_alive_timeout_s)),
             ssl_certfile=options.ssl_certfile,
             ssl_keyfile=options.ssl_keyfile,
             ssl_keyfile_password=(

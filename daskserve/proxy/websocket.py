@@ -10,7 +10,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from daskserve.exceptions import ReplicaDiedError, RequestError
 from daskserve.transport.channel import ConnectionLostError
-from daskserve.transport.dispatcher import Call, Dispatcher, timeout_error
+from daskserve.transport.dispatcher import Call, timeout_error
 from daskserve.transport.messages import CONNECT, CREDIT, ERROR, EVENT, PUSH, STOPPED
 
 logger = logging.getLogger(__name__)
@@ -24,21 +24,15 @@ class WebSocketRelay:
 
     Parameters
     ----------
-    dispatcher
-        The process's way to the replicas.
-    deployment
-        Whose replica.
+    call
+        To the deployment.
     timeout_s
         Time until the app has to accept or refuse; None for no limit.
     """
 
-    def __init__(
-        self, dispatcher: Dispatcher, deployment: str, timeout_s: float | None
-    ) -> None:
-        self._dispatcher = dispatcher
-        self._deployment = deployment
+    def __init__(self, call: Call, timeout_s: float | None) -> None:
         self._timeout_s = timeout_s
-        self._call = Call(dispatcher, deployment)
+        self._call = call
         self._call.on_grant = self._grant
         self._granted = 0
         self._room = asyncio.Event()
@@ -60,8 +54,8 @@ class WebSocketRelay:
         call = self._call
         timer: asyncio.TimerHandle | None = None
         if self._timeout_s is not None:
-            failure = timeout_error(self._deployment, self._timeout_s)
-            timer = self._dispatcher.loop.call_later(
+            failure = timeout_error(call.deployment, self._timeout_s)
+            timer = asyncio.get_running_loop().call_later(
                 self._timeout_s, call.abort, failure
             )
         pump = asyncio.ensure_future(self._pump(receive))
@@ -85,7 +79,7 @@ class WebSocketRelay:
         except (ReplicaDiedError, ConnectionLostError) as err:
             if not self._accepted:
                 raise ReplicaDiedError(str(err)) from err
-            logger.info("WebSocket to %r: %s", self._deployment, err)
+            logger.info("WebSocket to %r: %s", self._call.deployment, err)
             await send({"type": "websocket.close", "code": SERVICE_RESTART})
         except BaseException:
             call.cancel()

@@ -128,7 +128,8 @@ class CommPipe:
 class Exchange:
     """A caller's end of one request or call: messages in, in order, or a failure."""
 
-    __slots__ = ("_failure", "_messages", "_waiter", "exchange_id", "on_grant")
+    __slots__ = ("_failure", "_messages", "_waiter", "exchange_id", "on_grant",
+                 "on_news")  # fmt: skip
 
     def __init__(self, exchange_id: int) -> None:
         self.exchange_id = exchange_id
@@ -137,6 +138,13 @@ class Exchange:
         self._failure: BaseException | None = None
         #: Told of the bytes of the request's body that the replica will take.
         self.on_grant: Callable[[int], None] | None = None
+        #: Called when there is something for `next`, by whoever does not wait in it.
+        self.on_news: Callable[[], None] | None = None
+
+    @property
+    def first(self) -> Message | None:
+        """What `next` would return at once; None if there is nothing, or a failure."""
+        return self._messages[0] if self._messages else None
 
     def push(self, message: Message) -> None:
         """Add what the replica sent."""
@@ -166,7 +174,9 @@ class Exchange:
         return self._messages.popleft()
 
     def _notify(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
+        if self.on_news is not None:
+            self.on_news()
+        elif self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
 

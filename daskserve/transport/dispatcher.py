@@ -224,13 +224,19 @@ class Dispatcher:
             )
         return group
 
-    async def acquire(self, call: Call, group: Group) -> Slot:
-        """Wait for a replica with room and count `call` as in it."""
-        slot = None
-        if not group.waiting:  # nobody overtakes those who wait
-            slot = group.router.choose(self.loop.time(), call.avoid)
+    def acquire_now(self, call: Call, group: Group) -> Slot | None:
+        """Count `call` as in a replica with room, if there is one now."""
+        if group.waiting:  # nobody overtakes those who wait
+            return None
+        slot = group.router.choose(self.loop.time(), call.avoid)
         if slot is not None:
             slot.in_flight += 1
+        return slot
+
+    async def acquire(self, call: Call, group: Group) -> Slot:
+        """Wait for a replica with room and count `call` as in it."""
+        slot = self.acquire_now(call, group)
+        if slot is not None:
             return slot
         unavailable = group.unavailable()
         if self._closed:
@@ -442,13 +448,13 @@ class Call:
     task of that loop. `finish` is due in any case and may be called twice.
     """
 
-    __slots__ = ("_aborted", "_channel", "_dispatcher", "_exchange", "_name",
-                 "avoid", "group", "number", "on_grant", "refused", "slot",
+    __slots__ = ("_aborted", "_channel", "_dispatcher", "_exchange", "avoid",
+                 "deployment", "group", "number", "on_grant", "refused", "slot",
                  "waiter")  # fmt: skip
 
-    def __init__(self, dispatcher: Dispatcher, name: str) -> None:
+    def __init__(self, dispatcher: Dispatcher, deployment: str) -> None:
         self._dispatcher = dispatcher
-        self._name = name
+        self.deployment = deployment
         self._exchange: Exchange | None = None
         self._channel: Channel | None = None
         self._aborted: BaseException | None = None
@@ -461,6 +467,38 @@ class Call:
         self.refused = False
         #: Told how many bytes of the request's body the replica takes.
         self.on_grant: Callable[[int], None] | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether a replica has been sent the request, and not been given up since."""
+        return self._exchange is not None
+
+    def begin_now(
+        self, make: Callable[[int, int], Message], on_news: Callable[[], None]
+    ) -> bool:
+        """Send a request if a replica has room for it; return whether one has.
+
+        Then `on_news` is called with what comes, until `stop_listening`; `first`
+        goes on from there.
+        """
+        group = self._dispatcher.groups.get(self.deployment)
+        if group is None:
+            return False
+        self.slot = self._dispatcher.acquire_now(self, group)
+        if self.slot is None:
+            return False
+        self.group = group
+        self._send_first(make, self.slot).on_news = on_news
+        return True
+
+    def peek(self) -> Message | None:
+        """Return what has come from the replica and was not taken, or None."""
+        return None if self._exchange is None else self._exchange.first
+
+    def stop_listening(self) -> None:
+        """Leave what comes to `first` and `next`."""
+        if self._exchange is not None:
+            self._exchange.on_news = None
 
     async def first(
         self, make: Callable[[int, int], Message], *, retry_lost: bool
@@ -484,7 +522,8 @@ class Call:
             Any other of its subclasses, as they say.
         """
         while True:
-            await self._begin(make)
+            if self._exchange is None:
+                await self._begin(make)
             try:
                 message = await self.next()
             except ConnectionLostError as lost:
@@ -542,8 +581,8 @@ class Call:
 
     async def _begin(self, make: Callable[[int, int], Message]) -> None:
         dispatcher = self._dispatcher
-        self.group = dispatcher.groups.get(self._name) or await dispatcher.group(
-            self._name
+        self.group = dispatcher.groups.get(self.deployment) or await dispatcher.group(
+            self.deployment
         )
         while self._aborted is None:
             self.slot = await dispatcher.acquire(self, self.group)
@@ -554,10 +593,14 @@ class Call:
             self.finish()
             raise self._aborted
         assert self.slot is not None
-        self._channel = dispatcher.channel(self.slot)
-        self._exchange = self._channel.open()
-        self._exchange.on_grant = self.on_grant
-        self._channel.send(make(self._exchange.exchange_id, self.slot.replica_id))
+        self._send_first(make, self.slot)
+
+    def _send_first(self, make: Callable[[int, int], Message], slot: Slot) -> Exchange:
+        self._channel = channel = self._dispatcher.channel(slot)
+        self._exchange = exchange = channel.open()
+        exchange.on_grant = self.on_grant
+        channel.send(make(exchange.exchange_id, slot.replica_id))
+        return exchange
 
 
 def timeout_error(name: str, timeout_s: float) -> RequestTimeoutError:
