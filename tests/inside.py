@@ -36,6 +36,8 @@ async def _in_dispatcher(dispatcher: Dispatcher) -> Open:
         found[f"waiting for {name}"] = len(group.waiting)
     for address, channel in dispatcher._channels.items():
         found[f"exchanges with {address}"] = len(channel._exchanges)
+    for replica_id, direct in dispatcher._direct.items():
+        found[f"exchanges with replica {replica_id}"] = len(direct._exchanges)
     if dispatcher._local is not None:
         found["exchanges inside"] = len(dispatcher._local._exchanges)
     return found
@@ -61,6 +63,9 @@ def _in_worker(dask_worker: Worker) -> Open:
         state = plugin._server._server.server_state
         found["connections"] = len(state.connections)
         found["requests"] = len(state.tasks)
+        express = plugin._server._guard.express
+        found["requests on the quick way"] = len(express.running) if express else 0
+        found["bytes of windows"] = plugin._server._forwarder._windows.taken_bytes
     return found
 
 

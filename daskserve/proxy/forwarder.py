@@ -56,7 +56,7 @@ class Forwarding:
     call
         To the deployment.
     head
-        The fields of `messages.HEAD_FIELDS`.
+        The fields of `messages.Head`.
     timeout_s
         Time until the response has to begin; None for no limit.
     """
@@ -334,7 +334,7 @@ async def _send_start(send: Send, message: tuple[Any, ...]) -> None:
 def _head(
     scope: Scope, root_path: str, path: str, info: RequestInfo
 ) -> tuple[Any, ...]:
-    """Return `messages.HEAD_FIELDS` but the last two; `path` is without root path."""
+    """Return `messages.Head` but the last two; `path` is without root path."""
     raw_path: bytes = scope.get("raw_path") or path.encode()
     if root_path:
         if path == scope["path"]:  # the root path was stripped on the way

@@ -18,10 +18,10 @@ from daskserve.transport.channel import ReplyTo
 from daskserve.transport.messages import (
     CHUNK,
     GRANT,
-    HEAD_FIELDS,
     MAX_CHUNK_BYTES,
     RESPONSE,
     START,
+    Head,
     Headers,
 )
 
@@ -29,12 +29,43 @@ from daskserve.transport.messages import (
 _NOT_IN_NAME = re.compile(rb'[\x00-\x1f\x7f()<>@,;:\[\]={} \t\\"]')
 _NOT_IN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
+#: Names of headers that were looked at: apps use few.
+_good_names: set[bytes] = set()
+
 #: As uvicorn's, for the same events are sent.
 ASGI_VERSIONS = {"version": "3.0", "spec_version": "2.3"}
 
 
 #: How many events are dropped before others have a turn.
 DROPPED_AT_ONCE = 100
+
+
+class Starts:
+    """Heads of responses that wait for their bodies, until the loop's turn ends.
+
+    A body that comes in the same turn goes along with its head; a stream whose first
+    chunk takes its time does not hold its head back.
+
+    Parameters
+    ----------
+    loop
+        The replica's.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiting: list[HttpExchange] = []
+
+    def add(self, exchange: HttpExchange) -> None:
+        """Take note of a response that has begun."""
+        if not self._waiting:
+            self._loop.call_soon(self._flush)
+        self._waiting.append(exchange)
+
+    def _flush(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for exchange in waiting:
+            exchange.flush_start()
 
 
 class HttpExchange:
@@ -49,14 +80,26 @@ class HttpExchange:
     window_bytes
         How much of the request's body may be on its way here, and of the response if
         the caller holds that much.
+    starts
+        The replica's.
     """
 
+    __slots__ = ("_body", "_changed", "_charged", "_dropped", "_held", "_left",
+                 "_max_chunk", "_more_body", "_on_the_way", "_start", "_starts",
+                 "_window", "disconnected", "exchange_id", "head", "reply_to",
+                 "response_complete", "response_started", "task")  # fmt: skip
+
     def __init__(
-        self, reply_to: ReplyTo, message: tuple[Any, ...], window_bytes: int
+        self,
+        reply_to: ReplyTo,
+        message: tuple[Any, ...],
+        window_bytes: int,
+        starts: Starts,
     ) -> None:
         self.reply_to = reply_to
+        self._starts = starts
         self.exchange_id: int = message[1]
-        self.head: dict[str, Any] = dict(zip(HEAD_FIELDS, message[3], strict=True))
+        self.head = Head._make(message[3])
         self.task: asyncio.Task[None] | None = None
         self.response_started = False
         self.response_complete = False
@@ -69,7 +112,7 @@ class HttpExchange:
         #: How much of the body that the head announced is still to come.
         self._left: int | None = None
         self._held: tuple[int, Headers, bytes] | None = None
-        self._window = min(window_bytes, self.head["window_bytes"])
+        self._window = min(window_bytes, self.head.window_bytes)
         #: Largest piece, so that many exchanges share a channel.
         self._max_chunk = min(MAX_CHUNK_BYTES, self._window)
         self._on_the_way = 0
@@ -84,16 +127,16 @@ class HttpExchange:
         return {
             "type": "http",
             "asgi": ASGI_VERSIONS,
-            "http_version": head["http_version"],
-            "method": head["method"],
-            "scheme": head["scheme"],
-            "path": head["path"],
-            "raw_path": head["raw_path"],
-            "query_string": head["query_string"],
-            "root_path": head["root_path"],
-            "headers": list(head["headers"]),
-            "client": head["client"],
-            "server": head["server"],
+            "http_version": head.http_version,
+            "method": head.method,
+            "scheme": head.scheme,
+            "path": head.path,
+            "raw_path": head.raw_path,
+            "query_string": head.query_string,
+            "root_path": head.root_path,
+            "headers": list(head.headers),
+            "client": head.client,
+            "server": head.server,
             "state": {} if state is None else state.copy(),
         }
 
@@ -146,10 +189,8 @@ class HttpExchange:
             if self._start is not None:
                 raise RuntimeError("Unexpected second 'http.response.start'.")
             self._start = check_start(event)
-            self._left = announced_bytes(self.head["method"], *self._start)
-            # A body in the same turn of the loop goes along with it; a stream whose
-            # first chunk takes its time must not hold the headers back.
-            asyncio.get_running_loop().call_soon(self._flush_start)
+            self._left = announced_bytes(self.head.method, *self._start)
+            self._starts.add(self)
         elif kind == "http.response.body":
             if self._start is None:
                 raise RuntimeError("Expected 'http.response.start' before the body.")
@@ -196,14 +237,14 @@ class HttpExchange:
         if not self.response_started and not more_body:
             if len(body) <= self._max_chunk:
                 whole = (*self._start, bytes(body))
-                if self.head["debug"] and self._start[0] >= 500:
+                if self.head.debug and self._start[0] >= 500:
                     self._held = whole  # perhaps the error behind it comes out yet
                     self.response_complete = True
                 else:
                     self.respond(*whole)
                 self._notify()
                 return
-        self._flush_start()
+        self.flush_start()
         view = memoryview(body)
         for i in range(0, len(view), self._max_chunk):
             while self._on_the_way >= self._window:
@@ -220,7 +261,8 @@ class HttpExchange:
             self.response_complete = True
             self._notify()
 
-    def _flush_start(self) -> None:
+    def flush_start(self) -> None:
+        """Send the response's head, unless that was done or goes with its body."""
         if not self.response_started and self._held is None:
             assert self._start is not None
             self.response_started = True
@@ -251,12 +293,22 @@ def check_start(event: Message) -> tuple[int, Headers]:
         raise RuntimeError(f"Invalid HTTP status {status!r} in the response.")
     headers = []
     for name, value in event.get("headers", ()):
-        if not isinstance(name, bytes) or not isinstance(value, bytes):
-            raise RuntimeError(f"Header {name!r}: {value!r} is not of bytes.")
-        if not name or _NOT_IN_NAME.search(name) or _NOT_IN_VALUE.search(value):
+        if type(name) is not bytes or type(value) is not bytes:
+            if not isinstance(name, bytes) or not isinstance(value, bytes):
+                raise RuntimeError(f"Header {name!r}: {value!r} is not of bytes.")
+        if (name not in _good_names and not _is_name(name)) or (
+            _NOT_IN_VALUE.search(value)
+        ):
             raise RuntimeError(f"Invalid HTTP header {name!r}: {value!r}.")
         headers.append((name, value))
     return status, headers
+
+
+def _is_name(name: bytes) -> bool:
+    good = bool(name) and not _NOT_IN_NAME.search(name)
+    if good and len(_good_names) < 1000:
+        _good_names.add(name)
+    return good
 
 
 def announced_bytes(method: str, status: int, headers: Headers) -> int | None:
@@ -267,12 +319,18 @@ def announced_bytes(method: str, status: int, headers: Headers) -> int | None:
     RuntimeError
         The ``content-length`` is no number.
     """
-    fields = {name.lower(): value for name, value in reversed(headers)}
     if method == "HEAD" or status in (204, 304):
         return None  # no body follows, whatever the head says
-    if fields.get(b"transfer-encoding", b"").lower() == b"chunked":
+    length: bytes | None = None
+    encoding = b""
+    for name, value in reversed(headers):  # the first of each counts
+        low = name.lower()
+        if low == b"content-length":
+            length = value
+        elif low == b"transfer-encoding":
+            encoding = value
+    if encoding.lower() == b"chunked":
         return None
-    length = fields.get(b"content-length")
     if length is not None and not length.strip().isdigit():
         raise RuntimeError(f"Invalid content-length {length!r} in the response.")
     return None if length is None else int(length)

@@ -9,7 +9,7 @@ from typing import Any
 from daskserve.exceptions import ServeError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that would make it slow to make, see `Runner`
 class ReplicaContext:
     """Where the running user code stands.
 

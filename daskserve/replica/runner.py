@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from daskserve import pickling
 from daskserve.replica.actor import ReplicaSpec
-from daskserve.replica.asgi import HttpExchange
+from daskserve.replica.asgi import HttpExchange, Starts
 from daskserve.replica.context import ReplicaContext, current_replica
 from daskserve.replica.encode import NotEncodableError, encode
 from daskserve.replica.places import Places
@@ -113,6 +113,7 @@ class Runner:
         self._inbox: Mailbox[tuple[ReplyTo, Message]] = Mailbox(
             self._thread.loop, self._deliver
         )
+        self._starts = Starts(self._thread.loop)
         self._http: dict[Key, HttpExchange] = {}
         self._websockets: dict[Key, WebSocketExchange] = {}
         self._calls: dict[Key, HandleCall] = {}
@@ -290,7 +291,7 @@ class Runner:
             return
         key = (reply_to, message[1])
         if message[0] == REQUEST:
-            exchange = HttpExchange(reply_to, message, self._window_bytes)
+            exchange = HttpExchange(reply_to, message, self._window_bytes, self._starts)
             self._http[key] = exchange
             exchange.task = self._spawn(self._http, key, self._serve_http(exchange))
         elif message[0] == CONNECT:
@@ -312,7 +313,8 @@ class Runner:
             del running[key]
             self._finished()
 
-        task = self.loop.create_task(serving)
+        # Not by the loop's factory: what serves catches what user code raises.
+        task = asyncio.Task(serving, loop=self._thread.loop)
         task.add_done_callback(ended)
         return task
 
@@ -371,7 +373,7 @@ class Runner:
     # HTTP.
 
     async def _serve_http(self, exchange: HttpExchange) -> None:
-        request_id = exchange.head["request_id"]
+        request_id = exchange.head.request_id
         self._enter(request_id)
         try:
             servable = self._servable
@@ -426,7 +428,7 @@ class Runner:
     # WebSockets.
 
     async def _serve_websocket(self, exchange: WebSocketExchange) -> None:
-        request_id = exchange.head["request_id"]
+        request_id = exchange.head.request_id
         self._enter(request_id)
         reply: Message = (END, exchange.exchange_id)
         try:

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.types import Message, Scope
 
 from daskserve.transport.channel import ReplyTo
-from daskserve.transport.messages import GRANT, HEAD_FIELDS, PUSH
+from daskserve.transport.messages import GRANT, PUSH, Head
 
 #: As uvicorn's.
 ASGI_VERSIONS = {"version": "3.0", "spec_version": "2.4"}
@@ -53,12 +53,12 @@ class WebSocketExchange:
         self.reply_to = reply_to
         self.exchange_id: int = message[1]
         *fields, self._subprotocols = message[3]
-        self.head: dict[str, Any] = dict(zip(HEAD_FIELDS, fields, strict=True))
+        self.head = Head._make(fields)
         self.task: asyncio.Task[None] | None = None
         self.disconnected = False
         self._events: deque[Message] = deque([{"type": "websocket.connect"}])
         self._sent = ""
-        self._window = min(window_bytes, self.head["window_bytes"])
+        self._window = min(window_bytes, self.head.window_bytes)
         self._on_the_way = 0
         self._changed = asyncio.Event()
         reply_to.send((GRANT, self.exchange_id, window_bytes))
@@ -69,15 +69,15 @@ class WebSocketExchange:
         return {
             "type": "websocket",
             "asgi": ASGI_VERSIONS,
-            "http_version": head["http_version"],
-            "scheme": head["scheme"],
-            "path": head["path"],
-            "raw_path": head["raw_path"],
-            "query_string": head["query_string"],
-            "root_path": head["root_path"],
-            "headers": list(head["headers"]),
-            "client": head["client"],
-            "server": head["server"],
+            "http_version": head.http_version,
+            "scheme": head.scheme,
+            "path": head.path,
+            "raw_path": head.raw_path,
+            "query_string": head.query_string,
+            "root_path": head.root_path,
+            "headers": list(head.headers),
+            "client": head.client,
+            "server": head.server,
             "subprotocols": list(self._subprotocols),
             "state": {} if state is None else state.copy(),
             "extensions": {"websocket.http.response": {}},

@@ -317,13 +317,26 @@ class LocalChannel(Channel):
         self, loop: asyncio.AbstractEventLoop, inboxes: Mapping[int, Inbox]
     ) -> None:
         super().__init__()
+        self._loop = loop
         self._inboxes = inboxes
+        self._unsent: list[Message] = []
         self._replies: Mailbox[Message] = Mailbox(loop, self._receive)
         self._reply_to = _MailboxReply(self._replies)
 
     def send(self, message: Message) -> None:
-        """Hand a caller's message to its replica."""
-        dispatch(self._inboxes, self._reply_to, message)
+        """Hand a caller's message to its replica, at the end of the loop's turn.
+
+        A replica's thread that wakes while this one goes on parsing what others sent
+        would only wait for the interpreter's lock, which costs more than the hand-over.
+        """
+        if not self._unsent:
+            self._loop.call_soon(self._flush)
+        self._unsent.append(message)
+
+    def _flush(self) -> None:
+        unsent, self._unsent = self._unsent, []
+        for message in unsent:
+            dispatch(self._inboxes, self._reply_to, message)
 
     def close(self, reason: str) -> None:
         """Fail the exchanges that are open with `reason`."""

@@ -7,7 +7,7 @@ caller's, unique on one channel.
 From a caller to a replica (the third field is always the replica's id):
 
 ===========  ===============================================================
-``REQUEST``  replica, head (see `HEAD_FIELDS`), body, more_body
+``REQUEST``  replica, the fields of `Head`, body, more_body
 ``CALL``     replica, method name, pickled ``(args, kwargs)``, keys of the Dask
              futures in them, request id
 ``BODY``     replica, data, more_body
@@ -43,7 +43,7 @@ These belong to no exchange, and have a 0 for its id:
 
 from __future__ import annotations
 
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 Message: TypeAlias = tuple[Any, ...]
 Headers: TypeAlias = list[tuple[bytes, bytes]]
@@ -74,22 +74,25 @@ DECLINE: Final = 35
 #: Messages that begin an exchange.
 OPENING: Final = frozenset({REQUEST, CALL, CONNECT})
 
-#: What a `REQUEST`'s head holds, in order; a `CONNECT`'s has the subprotocols besides.
-HEAD_FIELDS: Final = (
-    "method",
-    "path",
-    "raw_path",
-    "query_string",
-    "headers",
-    "http_version",
-    "scheme",
-    "client",
-    "server",
-    "root_path",
-    "request_id",
-    "debug",
-    "window_bytes",  # how much of the response the caller will hold
-)
+
+class Head(NamedTuple):
+    """What a `REQUEST`'s head holds; a `CONNECT`'s has the subprotocols besides."""
+
+    method: str
+    path: str
+    raw_path: bytes
+    query_string: bytes
+    headers: Headers
+    http_version: str
+    scheme: str
+    client: tuple[str, int] | None
+    server: tuple[str, int | None] | None
+    root_path: str
+    request_id: str
+    debug: bool
+    #: How much of the response the caller will hold.
+    window_bytes: int
+
 
 # Kinds of `ERROR`.
 USER_ERROR: Final = "user"  # user code raised

@@ -95,7 +95,10 @@ class Router:
         count = len(slots)
         if count == 0:
             return None
-        if count <= 2:
+        if count == 1:
+            only = slots[0]
+            return only if only is not avoid and self._has_room(only, now) else None
+        if count == 2:
             first, second = slots[0], slots[-1]
         else:
             # Two different ones, each pair as likely.
