@@ -8,14 +8,15 @@ the message comes. All others go the ordinary way (`front`, the middlewares,
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from daskserve.proxy.forwarded import ForwardedHeaders
-from daskserve.proxy.forwarder import EAGER_BODY_BYTES, Forwarder, Forwarding
+from daskserve.proxy.forwarder import Forwarder, Forwarding
 from daskserve.proxy.front import Front, access_logger, log_access
 from daskserve.proxy.request import FULL_KEY, SCOPE_KEY, RequestInfo
 from daskserve.transport.dispatcher import timeout_error
@@ -49,34 +50,40 @@ class Express:
         self._defaults: list[tuple[bytes, bytes]] = []
         self._default_lines = b""
 
-    def begin(self, cycle: RequestResponseCycle) -> ASGIApp | None:
-        """Forward a request that has come whole; else return the app to run for it."""
-        scope: Any = cycle.scope
+    def begin(
+        self, connection: Any, scope: Any, body: bytes, keep_alive: bool
+    ) -> tuple[ASGIApp, ExpressRequest | None]:
+        """Forward a request that has come whole.
+
+        Returns
+        -------
+        tuple
+            The app to run for it if it has to go the ordinary way, and the request if
+            it goes the quick one.
+        """
         self._forwarded.apply(scope)
         info = scope[SCOPE_KEY] = RequestInfo(scope)
-        size = len(cycle.body)
         if (
-            size > EAGER_BODY_BYTES
-            or cycle.waiting_for_100_continue
-            or FULL_KEY in scope
+            FULL_KEY in scope
             or not self._authorized(scope, info)
-            or self.forwarder.too_large(size)
+            or self.forwarder.too_large(len(body))
         ):
-            return self.front
+            return self.front, None
         forwarding = info.forwarding = self.forwarder.prepare(scope, info)
         if forwarding is None:
-            return self.front
-        forwarding.body = bytes(cycle.body)
-        request = ExpressRequest(self, cycle, info, forwarding)
+            return self.front, None
+        forwarding.body = body
+        request = ExpressRequest(self, connection, scope, forwarding, keep_alive)
         if not forwarding.call.begin_now(forwarding.make, request.news):
-            return self.front
+            return self.front, None
         self.running.add(request)
-        info.connection.on_lost = request.lost
+        connection.on_lost = request.lost
         if forwarding.deadline is not None:
             if forwarding.timeout_s < EXACT_TIMEOUT_S:  # type: ignore[operator]
-                loop = info.connection.loop
-                request.timer = loop.call_at(forwarding.deadline, request.time_up)
-        return None
+                request.timer = connection.loop.call_at(
+                    forwarding.deadline, request.time_up
+                )
+        return self.front, request
 
     def sweep(self, now: float) -> None:
         """End what has waited for its replica for too long."""
@@ -94,50 +101,70 @@ class Express:
 
 
 class ExpressRequest:
-    """One request that waits for its replica.
+    """One request that waits for its replica, in the place of uvicorn's cycle.
 
     Parameters
     ----------
     express
         Of the server.
-    cycle
-        uvicorn's part of it.
-    info, forwarding
-        Our own.
+    connection
+        Its protocol.
+    scope
+        The ASGI scope; has our own info, too.
+    forwarding
+        What was sent to the replica.
+    keep_alive
+        Whether the connection stays after the response.
     """
 
-    __slots__ = ("_cycle", "_express", "_info", "forwarding", "timer")
+    __slots__ = ("_connection", "_express", "_info", "_scope", "disconnected",
+                 "forwarding", "keep_alive", "response_complete", "response_started",
+                 "timer")  # fmt: skip
+
+    #: Its body is there.
+    more_body = False
+    #: uvicorn wakes the app of a request so; there is none here.
+    message_event = asyncio.Event()
 
     def __init__(
         self,
         express: Express,
-        cycle: RequestResponseCycle,
-        info: RequestInfo,
+        connection: Any,
+        scope: Any,
         forwarding: Forwarding,
+        keep_alive: bool,
     ) -> None:
         self.forwarding = forwarding
+        self.keep_alive = keep_alive
+        self.response_started = self.response_complete = False
+        #: It was refused, or its client has gone.
+        self.disconnected = False
         self.timer: Any = None
         self._express = express
-        self._cycle = cycle
-        self._info = info
+        self._connection = connection
+        self._scope = scope
+        self._info: RequestInfo = scope[SCOPE_KEY]
 
     def news(self) -> None:
         """Answer with the replica's first message, or go on the ordinary way."""
-        cycle = self._cycle
-        if cycle.disconnected:  # it was refused meanwhile
+        if self.disconnected:
             return self.lost()
-        message = self.forwarding.call.peek()
+        connection, call = self._connection, self.forwarding.call
+        message = call.peek()
         if message is not None and message[0] == RESPONSE:
-            if not cycle.flow.write_paused and self._answer(message):
+            if not connection.flow.write_paused and self._answer(message):
                 return None
         self._leave()
-        self.forwarding.call.stop_listening()
-        self._info.connection.start_ordinarily(cycle, self._express.front)
+        call.stop_listening()
+        connection.begin(
+            self._express.front, self._scope, self.forwarding.body, self.keep_alive
+        )
         return None
 
     def lost(self) -> None:
         """Note that the client has gone."""
         self._leave()
+        self.response_complete = True
         self._info.status = 499
         self.forwarding.call.cancel()
         self._finish()
@@ -157,28 +184,26 @@ class ExpressRequest:
         head_only = self.forwarding.head[0] == "HEAD"
         if lines is None or ((status in _NO_BODY or head_only) and body):
             return False
-        cycle, info = self._cycle, self._info
+        connection, info = self._connection, self._info
         self._leave()
-        parts = [
-            STATUS_LINE[status],
-            self._express.default_lines(cycle.default_headers),
-            *lines,
+        lines += (
             b"x-request-id: %s\r\n" % info.request_id.encode(),
-            b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n",
+            b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n",
             body,
-        ]
+        )
+        defaults = self._express.default_lines(connection.server_state.default_headers)
         info.status = status
-        cycle.response_started = cycle.response_complete = True
-        cycle.transport.write(b"".join(parts))
-        if not cycle.keep_alive:
-            cycle.transport.close()
+        self.response_started = self.response_complete = True
+        connection.transport.write(STATUS_LINE[status] + defaults + b"".join(lines))
+        if not self.keep_alive:
+            connection.transport.close()
         self._finish()
-        cycle.on_response()
+        connection.on_response_complete()
         return True
 
     def _leave(self) -> None:
         self._express.running.discard(self)
-        self._info.connection.on_lost = None
+        self._connection.on_lost = None
         if self.timer is not None:
             self.timer.cancel()
 

@@ -15,6 +15,7 @@ from http import HTTPStatus
 from typing import Any
 
 from httptools import HttpParserError, HttpRequestParser
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from daskserve.config import HTTPOptions
 from daskserve.proxy.express import Express
@@ -146,8 +147,6 @@ class GuardedProtocol(HttpProtocol):
         self._head_bytes = len(self._last_data)
         if self._head_since is None:
             self._head_since = self.loop.time()
-        if self._full:
-            self.scope[FULL_KEY] = True  # type: ignore[literal-required]
 
     def on_url(self, url: bytes) -> None:
         """Take a part of the request line."""
@@ -168,12 +167,10 @@ class GuardedProtocol(HttpProtocol):
         if not self.flow.write_paused:  # what waits will grow by this response
             self._unsent = None
         self._check_head()
-        before = self.cycle
         super().on_headers_complete()
-        if self.cycle is not before:  # not an upgrade
-            if self._full:
-                self.cycle.keep_alive = False
-            self.cycle.transport = self._gently_closed  # type: ignore[assignment]
+        if self._full:
+            self.scope[FULL_KEY] = True  # type: ignore[literal-required]
+            self._keep_alive = False
 
     def on_message_complete(self) -> None:
         """Note that the body is there."""
@@ -219,6 +216,7 @@ class GuardedProtocol(HttpProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer a request that cannot be understood, in place of any other answer."""
+        self._pending = False
         status, text = self._verdict or (HTTPStatus.BAD_REQUEST, msg)
         error = sys.exception()
         # Other texts of the parser can have a part of the request in them.
@@ -281,6 +279,11 @@ class GuardedProtocol(HttpProtocol):
             self.flow.resume_reading()
 
     # Parts.
+
+    def _new_cycle(self, scope: Any, keep_alive: bool) -> RequestResponseCycle:
+        cycle = super()._new_cycle(scope, keep_alive)
+        cycle.transport = self._gently_closed  # type: ignore[assignment]
+        return cycle
 
     def _read_on(self, rest: bytes) -> None:
         """Go on as if no upgrade had been asked for (RFC 9110, 7.8, allows that).

@@ -1,4 +1,7 @@
-"""uvicorn's HTTP protocol, with every request told when its client has gone."""
+"""uvicorn's HTTP protocol, with requests that go the quick way; on the transport loop.
+
+And with every request told when its client has gone.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import asyncio
 import select
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import unquote
 
+import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import (
     HttpToolsProtocol,
@@ -16,12 +21,17 @@ from uvicorn.protocols.http.httptools_impl import (
 from daskserve.proxy.express import Express
 from daskserve.proxy.request import CONNECTION_KEY
 
+#: A body up to this size is awaited before its request takes the quick way.
+WHOLE_BYTES = 64 * 1024
 #: Pauses in reading that are shorter are not watched: most of them are.
 UNWATCHED_PAUSE_S = 0.5
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection of a client, on the transport loop.
+    """One connection of a client.
+
+    A request begins when all of it has been parsed, or all that has come. One that is
+    complete may go the quick way; for others uvicorn's cycle is made, and a task.
 
     uvicorn tells only the newest request of a connection that it was lost. With others
     sent behind it (pipelining), the one that runs would stream on to nobody.
@@ -32,43 +42,129 @@ class HttpProtocol(HttpToolsProtocol):
     #: The quick way, if the server has one.
     express: Express | None = None
     _running: RequestResponseCycle | None = None
-    #: A request that begins when its body is there, or all that came is parsed.
-    _unstarted: tuple[RequestResponseCycle, Any] | None = None
-    _parsing = False
+    #: A request's head has come, and nothing was begun for it.
+    _pending = False
+    _body = b""
+    _keep_alive = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin."""
         super().connection_made(transport)
         self.flow = _WatchedFlow(transport, self.loop)
 
-    def on_message_begin(self) -> None:
-        """Make the connection known to its request."""
-        super().on_message_begin()
-        self.scope[CONNECTION_KEY] = self  # type: ignore[literal-required]
-
     def data_received(self, data: bytes) -> None:
-        """Parse, and begin the request that is complete, or else is not."""
-        self._parsing = True
+        """Parse, and begin what is not complete yet."""
         super().data_received(data)
-        self._parsing = False
-        if self._unstarted is not None:
-            (cycle, app), self._unstarted = self._unstarted, None
-            if not cycle.disconnected:  # it was not refused
-                super()._start_asgi_task(cycle, app)
+        if self._pending:
+            self._begin_ordinarily(more_body=True)
+
+    # What the parser calls: as uvicorn's, but that no cycle is made.
+
+    def on_message_begin(self) -> None:
+        """Take note of a new request."""
+        self.url = b""
+        self.expect_100_continue = False
+        self.headers = []
+        self._body = b""
+
+    def on_headers_complete(self) -> None:
+        """Make the request's scope, and keep it until its body is there."""
+        parser = self.parser
+        version = parser.get_http_version()
+        scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
+            "http_version": version,
+            "method": parser.get_method().decode("ascii"),
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,
+            "root_path": "",
+            "headers": self.headers,
+            "state": {},
+            CONNECTION_KEY: self,
+        }
+        self.scope = scope  # type: ignore[assignment]
+        if parser.should_upgrade() and self._should_upgrade():
+            return
+        url = httptools.parse_url(self.url)
+        path = url.path.decode("ascii")
+        scope["path"] = unquote(path) if "%" in path else path
+        scope["raw_path"] = url.path
+        scope["query_string"] = url.query or b""
+        self._keep_alive = version != "1.0" and parser.should_keep_alive()
+        if self.cycle is None or self.cycle.response_complete:
+            self._pending = True
+        else:  # pipelined: it waits for its turn
+            self.cycle = self._new_cycle(scope, self._keep_alive)
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, self.app))
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of the body."""
+        if not self._pending:
+            return super().on_body(body)
+        self._body += body
+        if len(self._body) > WHOLE_BYTES:
+            self._begin_ordinarily(more_body=True)
 
     def on_message_complete(self) -> None:
         """Begin a request that has come whole."""
-        super().on_message_complete()
-        if self._unstarted is not None:
-            (cycle, app), self._unstarted = self._unstarted, None
-            self._start_whole(cycle, app)
+        if not self._pending:
+            return super().on_message_complete()
+        if self.express is None or self.expect_100_continue:
+            return self._begin_ordinarily(more_body=False)
+        self._pending = False
+        scope, body, keep_alive = self.scope, self._body, self._keep_alive
+        app, request = self.express.begin(self, scope, body, keep_alive)
+        if request is not None:
+            self.cycle = request  # type: ignore[assignment]
+        else:
+            self.begin(app, scope, body, keep_alive)
+
+    # Parts.
+
+    def begin(
+        self,
+        app: Any,
+        scope: Any,
+        body: bytes,
+        keep_alive: bool,
+        *,
+        more_body: bool = False,
+    ) -> None:
+        """Run `app` for a request, in a task of its own."""
+        cycle = self.cycle = self._new_cycle(scope, keep_alive)
+        cycle.body.extend(body)
+        cycle.more_body = more_body
+        if body or not more_body:
+            cycle.message_event.set()
+        self._start_asgi_task(cycle, app)
+
+    def _begin_ordinarily(self, more_body: bool) -> None:
+        self._pending = False
+        scope, body, keep_alive = self.scope, self._body, self._keep_alive
+        self.begin(self.app, scope, body, keep_alive, more_body=more_body)
+
+    def _new_cycle(self, scope: Any, keep_alive: bool) -> RequestResponseCycle:
+        return RequestResponseCycle(
+            scope=scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=keep_alive,
+            on_response=self.on_response_complete,
+        )
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the request that runs, too."""
         super().connection_lost(exc)
         self.flow.stop()  # type: ignore[attr-defined]
-        # Not by uvicorn after a reset: all of this would stay until the timer ends.
-        self._unset_keepalive_if_required()
         if self.scope is not None:
             self.scope.pop(CONNECTION_KEY, None)  # type: ignore[misc]
         running, self._running = self._running, None
@@ -80,21 +176,6 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
-        if not cycle.more_body:
-            self._start_whole(cycle, app)
-        elif self._parsing and self.express is not None:
-            self._unstarted = (cycle, app)
-        else:
-            super()._start_asgi_task(cycle, app)
-
-    def _start_whole(self, cycle: RequestResponseCycle, app: Any) -> None:
-        if self.express is not None:
-            app = self.express.begin(cycle)
-        if app is not None:
-            super()._start_asgi_task(cycle, app)
-
-    def start_ordinarily(self, cycle: RequestResponseCycle, app: Any) -> None:
-        """Run `app` for a request that cannot go on the quick way."""
         super()._start_asgi_task(cycle, app)
 
 
