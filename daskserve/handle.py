@@ -307,6 +307,8 @@ def _response(
 ) -> DeploymentResponse:
     if context is not None:  # cancelled along with the request that made it
         children = context._children
+        if children is None:
+            children = context._children = set()
         children.add(answer)
         answer.add_done_callback(children.discard)
     return DeploymentResponse(answer, session, keep_alive)

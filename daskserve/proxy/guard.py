@@ -318,7 +318,7 @@ class GuardedProtocol(HttpProtocol):
             parts = (len(name) + len(value) + 4 for name, value in self.headers)
             if len(self.url) + sum(parts) > limit:
                 self._verdict = _verdict(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-        if sum(name == b"host" for name, _ in self.headers) > 1:
+        if len([name for name, _ in self.headers if name == b"host"]) > 1:
             # RFC 9112, 3.2: whoever reads the first would see another request.
             self._verdict = (HTTPStatus.BAD_REQUEST, "More than one Host header.")
         if self._verdict is not None:

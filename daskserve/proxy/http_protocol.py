@@ -21,6 +21,8 @@ from uvicorn.protocols.http.httptools_impl import (
 from daskserve.proxy.express import Express
 from daskserve.proxy.request import CONNECTION_KEY
 
+#: As uvicorn's.
+ASGI_VERSIONS = {"version": "3.0", "spec_version": "2.3"}
 #: A body up to this size is awaited before its request takes the quick way.
 WHOLE_BYTES = 64 * 1024
 #: Pauses in reading that are shorter are not watched: most of them are.
@@ -73,7 +75,7 @@ class HttpProtocol(HttpToolsProtocol):
         version = parser.get_http_version()
         scope: dict[str, Any] = {
             "type": "http",
-            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
+            "asgi": ASGI_VERSIONS,
             "http_version": version,
             "method": parser.get_method().decode("ascii"),
             "server": self.server,

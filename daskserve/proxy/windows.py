@@ -8,8 +8,8 @@ from __future__ import annotations
 
 #: No window is smaller: what a server buffers on a connection anyway.
 MIN_WINDOW_BYTES = 64 * 1024
-#: The part of what is free that one request may have.
-SHARE = 1 / 8
+#: One request may have what is free divided by this.
+SHARE = 8
 
 
 class Windows:
@@ -36,8 +36,11 @@ class Windows:
 
     def take(self) -> int:
         """Return the window of a new request in bytes; `give_back` it."""
-        free = self._total_bytes - self.taken_bytes
-        window = min(self._window_bytes, max(MIN_WINDOW_BYTES, int(free * SHARE)))
+        window = (self._total_bytes - self.taken_bytes) // SHARE
+        if window > self._window_bytes:
+            window = self._window_bytes
+        if window < MIN_WINDOW_BYTES:
+            window = min(MIN_WINDOW_BYTES, self._window_bytes)
         self.taken_bytes += window
         return window
 

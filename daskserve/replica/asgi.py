@@ -29,8 +29,9 @@ from daskserve.transport.messages import (
 _NOT_IN_NAME = re.compile(rb'[\x00-\x1f\x7f()<>@,;:\[\]={} \t\\"]')
 _NOT_IN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
-#: Names of headers that were looked at: apps use few.
-_good_names: set[bytes] = set()
+#: How many names of headers are kept that were looked at: apps use few.
+MAX_NAMES = 1000
+_good_names: dict[bytes, bytes] = {}
 
 #: As uvicorn's, for the same events are sent.
 ASGI_VERSIONS = {"version": "3.0", "spec_version": "2.3"}
@@ -86,8 +87,8 @@ class HttpExchange:
 
     __slots__ = ("_body", "_changed", "_charged", "_dropped", "_held", "_left",
                  "_max_chunk", "_more_body", "_on_the_way", "_start", "_starts",
-                 "_window", "disconnected", "exchange_id", "head", "reply_to",
-                 "response_complete", "response_started", "task")  # fmt: skip
+                 "_window", "disconnected", "entered", "exchange_id", "head",
+                 "reply_to", "response_complete", "response_started", "task")  # fmt: skip
 
     def __init__(
         self,
@@ -101,6 +102,8 @@ class HttpExchange:
         self.exchange_id: int = message[1]
         self.head = Head._make(message[3])
         self.task: asyncio.Task[None] | None = None
+        #: Its task has begun to run.
+        self.entered = False
         self.response_started = False
         self.response_complete = False
         self.disconnected = False
@@ -188,15 +191,22 @@ class HttpExchange:
         if kind == "http.response.start":
             if self._start is not None:
                 raise RuntimeError("Unexpected second 'http.response.start'.")
-            self._start = check_start(event)
-            self._left = announced_bytes(self.head.method, *self._start)
+            status, headers, self._left = read_start(event, self.head.method)
+            self._start = (status, headers)
             self._starts.add(self)
         elif kind == "http.response.body":
             if self._start is None:
                 raise RuntimeError("Expected 'http.response.start' before the body.")
-            await self._send_body(
-                event.get("body", b""), bool(event.get("more_body", False))
-            )
+            body, more_body = event.get("body", b""), event.get("more_body", False)
+            if (
+                more_body
+                or self.response_started
+                or len(body) > self._max_chunk
+                or (self._left is not None and self._left != len(body))
+            ):
+                await self._send_body(body, bool(more_body))
+            else:
+                self._respond_whole(body)
         else:
             raise RuntimeError(f"Unexpected ASGI message {kind!r}.")
 
@@ -216,6 +226,19 @@ class HttpExchange:
         if held is not None:
             self.respond(*held)
 
+    def _respond_whole(self, body: bytes) -> None:
+        assert self._start is not None
+        status, headers = self._start
+        if type(body) is not bytes:
+            body = bytes(body)
+        if self.head.debug and status >= 500:
+            self._held = (status, headers, body)  # perhaps the error comes out yet
+            self.response_complete = True
+        else:
+            self.respond(status, headers, body)
+        if self._changed is not None:
+            self._changed.set()
+
     async def _send_body(self, body: bytes, more_body: bool) -> None:
         if self._count(len(body)) and not more_body:
             if self.response_started:
@@ -233,17 +256,6 @@ class HttpExchange:
         return self._left
 
     async def _pass_on(self, body: bytes, more_body: bool) -> None:
-        assert self._start is not None
-        if not self.response_started and not more_body:
-            if len(body) <= self._max_chunk:
-                whole = (*self._start, bytes(body))
-                if self.head.debug and self._start[0] >= 500:
-                    self._held = whole  # perhaps the error behind it comes out yet
-                    self.response_complete = True
-                else:
-                    self.respond(*whole)
-                self._notify()
-                return
         self.flush_start()
         view = memoryview(body)
         for i in range(0, len(view), self._max_chunk):
@@ -279,8 +291,13 @@ class HttpExchange:
             self._changed.set()
 
 
-def check_start(event: Message) -> tuple[int, Headers]:
-    """Return status and headers of an ``http.response.start``, if a server takes them.
+def read_start(event: Message, method: str) -> tuple[int, Headers, int | None]:
+    """Read an ``http.response.start``.
+
+    Returns
+    -------
+    tuple
+        Status, headers, and how long the body has to be; None if that is left open.
 
     Raises
     ------
@@ -292,48 +309,35 @@ def check_start(event: Message) -> tuple[int, Headers]:
     if not isinstance(status, int) or not 100 <= status <= 599:
         raise RuntimeError(f"Invalid HTTP status {status!r} in the response.")
     headers = []
+    length: bytes | None = None
+    chunked: bool | None = None
     for name, value in event.get("headers", ()):
         if type(name) is not bytes or type(value) is not bytes:
             if not isinstance(name, bytes) or not isinstance(value, bytes):
                 raise RuntimeError(f"Header {name!r}: {value!r} is not of bytes.")
-        if (name not in _good_names and not _is_name(name)) or (
-            _NOT_IN_VALUE.search(value)
-        ):
+        low = _good_names.get(name) or _good_name(name)
+        if low is None or _NOT_IN_VALUE.search(value):
             raise RuntimeError(f"Invalid HTTP header {name!r}: {value!r}.")
+        if low == b"content-length":  # the first of each counts
+            length = value if length is None else length
+        elif low == b"transfer-encoding" and chunked is None:
+            chunked = value.lower() == b"chunked"
         headers.append((name, value))
-    return status, headers
-
-
-def _is_name(name: bytes) -> bool:
-    good = bool(name) and not _NOT_IN_NAME.search(name)
-    if good and len(_good_names) < 1000:
-        _good_names.add(name)
-    return good
-
-
-def announced_bytes(method: str, status: int, headers: Headers) -> int | None:
-    """Return how long a response's body has to be; None if that is left open.
-
-    Raises
-    ------
-    RuntimeError
-        The ``content-length`` is no number.
-    """
-    if method == "HEAD" or status in (204, 304):
-        return None  # no body follows, whatever the head says
-    length: bytes | None = None
-    encoding = b""
-    for name, value in reversed(headers):  # the first of each counts
-        low = name.lower()
-        if low == b"content-length":
-            length = value
-        elif low == b"transfer-encoding":
-            encoding = value
-    if encoding.lower() == b"chunked":
-        return None
-    if length is not None and not length.strip().isdigit():
+    if method == "HEAD" or status in (204, 304) or chunked or length is None:
+        return status, headers, None  # no body follows, or one that says its length
+    if not length.strip().isdigit():
         raise RuntimeError(f"Invalid content-length {length!r} in the response.")
-    return None if length is None else int(length)
+    return status, headers, int(length)
+
+
+def _good_name(name: bytes) -> bytes | None:
+    """Return the name of a header in small letters; None if there can be none such."""
+    if not name or _NOT_IN_NAME.search(name):
+        return None
+    low = name.lower()
+    if len(_good_names) < MAX_NAMES:
+        _good_names[name] = low
+    return low
 
 
 class LifespanError(RuntimeError):

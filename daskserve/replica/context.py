@@ -33,7 +33,7 @@ class ReplicaContext:
     #: The replica's loop and session, for handles in user code.
     _replica: Any = None
     #: Answers that user code waits for; cancelled along with the request.
-    _children: set[Any] = field(default_factory=set, repr=False, compare=False)
+    _children: set[Any] | None = field(default=None, repr=False, compare=False)
 
 
 current_replica: ContextVar[ReplicaContext | None] = ContextVar(

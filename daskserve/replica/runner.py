@@ -239,7 +239,9 @@ class Runner:
         left: dict[Key, Running] = {**self._http, **self._websockets, **self._calls}
         for key, exchange in left.items():
             self._send_stopped(*key)
-            if exchange.task is not None:
+            if isinstance(exchange, HttpExchange):
+                self._cancel_http(exchange, key)
+            elif exchange.task is not None:
                 exchange.task.cancel()
         tasks = [e.task for e in left.values() if e.task is not None]
         if tasks:  # their cleanup still needs the user's object
@@ -293,7 +295,10 @@ class Runner:
         if message[0] == REQUEST:
             exchange = HttpExchange(reply_to, message, self._window_bytes, self._starts)
             self._http[key] = exchange
-            exchange.task = self._spawn(self._http, key, self._serve_http(exchange))
+            # Not by the loop's factory: what serves catches what user code raises.
+            exchange.task = asyncio.Task(
+                self._serve_http(exchange, key), loop=self._thread.loop
+            )
         elif message[0] == CONNECT:
             websocket = WebSocketExchange(reply_to, message, self._window_bytes)
             self._websockets[key] = websocket
@@ -322,14 +327,21 @@ class Runner:
         exchange = self._http.get(key)
         if exchange is not None:
             exchange.disconnect()
-            if exchange.task is not None and not exchange.response_complete:
-                exchange.task.cancel()
+            if not exchange.response_complete:
+                self._cancel_http(exchange, key)
         websocket = self._websockets.get(key)
         if websocket is not None:
             websocket.disconnect()  # as on any server, the app is told and not cut off
         call = self._calls.get(key)
         if call is not None and call.task is not None:
             call.task.cancel()
+
+    def _cancel_http(self, exchange: HttpExchange, key: Key) -> None:
+        assert exchange.task is not None
+        exchange.task.cancel()
+        if not exchange.entered:  # it never runs, not even to its ``finally``
+            del self._http[key]
+            self._finished()
 
     def _cancel_from(self, reply_to: ReplyTo) -> None:
         if (timer := self._offers.pop(reply_to, None)) is not None:
@@ -372,10 +384,11 @@ class Runner:
 
     # HTTP.
 
-    async def _serve_http(self, exchange: HttpExchange) -> None:
+    async def _serve_http(self, exchange: HttpExchange, key: Key) -> None:
+        exchange.entered = True
         request_id = exchange.head.request_id
-        self._enter(request_id)
         try:
+            self._enter(request_id)
             servable = self._servable
             if servable.app is not None:
                 scope = exchange.scope(servable.state)
@@ -395,6 +408,9 @@ class Runner:
             # A response that is complete was sent by the app's own error handler.
             if not exchange.response_complete or exchange.drop_held():
                 self._send_error(exchange, kind, err)
+        finally:
+            self._http.pop(key, None)
+            self._finished()
 
     async def _serve_plain(self, exchange: HttpExchange) -> None:
         scope = exchange.scope(None)
@@ -512,7 +528,7 @@ async def _close_generator(result: Any) -> None:
 def _cancel_children() -> None:
     context = current_replica.get()
     assert context is not None
-    for answer in list(context._children):
+    for answer in list(context._children or ()):
         answer.cancel()
 
 
