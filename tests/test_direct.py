@@ -30,8 +30,7 @@ class Replica(StandIn):
 
     def take(self, reply_to: Any, batch: list[Message]) -> None:
         self.batches.append(len(batch))
-        for message in batch:
-            self.put(reply_to, message)
+        self.put(reply_to, batch)
 
 
 async def open_channel(

@@ -57,9 +57,10 @@ class StandIn:
         self.messages: list[Message] = []
         self.forgotten = 0
 
-    def put(self, reply_to: ReplyTo, message: Message) -> None:
-        self.messages.append(message)
-        self.answer(self, reply_to, message)
+    def put(self, reply_to: ReplyTo, batch: list[Message]) -> None:
+        for message in batch:
+            self.messages.append(message)
+            self.answer(self, reply_to, message)
 
     def forget(self, reply_to: ReplyTo) -> None:
         self.forgotten += 1

@@ -145,7 +145,11 @@ class Forwarder:
         `finish` it, or leave it in `info` to `__call__`.
         """
         root_path = scope.get(FORWARDED_PREFIX, self._options.root_path)
-        path, match = self._locate(scope["path"], root_path)
+        path = scope["path"]
+        if root_path:
+            path, match = self._locate(path, root_path)
+        else:
+            match = self._table.match(path)
         if match is None or path.startswith("/-/"):
             return None
         return self._new(scope, info, root_path, path, match)

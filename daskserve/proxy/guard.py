@@ -99,8 +99,6 @@ class GuardedProtocol(HttpProtocol):
         #: No less than the size of the head until now.
         self._head_bytes = 0
         self._last_data = b""
-        #: The parser reads a head that we wrote, see `_read_on`.
-        self._again = False
         #: Since when, and from which size on, a response waits to be taken.
         self._unsent: tuple[float, int] | None = None
         self._linger_until: float | None = None
@@ -141,27 +139,13 @@ class GuardedProtocol(HttpProtocol):
 
     def on_message_begin(self) -> None:
         """Start the clock of a request's head."""
-        if self._again:
-            return
         super().on_message_begin()
         self._head_bytes = len(self._last_data)
         if self._head_since is None:
             self._head_since = self.loop.time()
 
-    def on_url(self, url: bytes) -> None:
-        """Take a part of the request line."""
-        if not self._again:
-            super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header."""
-        if not self._again:
-            super().on_header(name, value)
-
     def on_headers_complete(self) -> None:
         """Begin a request, unless its head is not to be accepted."""
-        if self._again:
-            return
         self._guard.idle.pop(self, None)
         self._head_since = None
         if not self.flow.write_paused:  # what waits will grow by this response
@@ -174,7 +158,7 @@ class GuardedProtocol(HttpProtocol):
 
     def on_message_complete(self) -> None:
         """Note that the body is there."""
-        if self._again or not self.parser.should_upgrade() or self._should_upgrade():
+        if not self.parser.should_upgrade() or self._should_upgrade():
             super().on_message_complete()
         # Else the parser takes what follows for another protocol, see `_read_on`.
 
@@ -190,7 +174,8 @@ class GuardedProtocol(HttpProtocol):
         if self._head_since is not None:  # its head has begun to come already
             self._head_since = now
         if not self.transport.is_closing():
-            self.flow.resume_reading()
+            if self.flow.read_paused:
+                self.flow.resume_reading()
             if self.pipeline:
                 self._start_asgi_task(*self.pipeline.pop())
         if not self._responding() and self._linger_until is None:
@@ -296,12 +281,8 @@ class GuardedProtocol(HttpProtocol):
             for header in self.headers
             if header[0] in (b"content-length", b"transfer-encoding")
         ]
-        self.parser = HttpRequestParser(self)
-        self._again = True
-        try:
-            self.parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % b"".join(framing))
-        finally:
-            self._again = False
+        self.parser = HttpRequestParser(_AfterUpgrade(self))
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % b"".join(framing))
         self.data_received(rest)
 
     def _responding(self) -> bool:
@@ -347,6 +328,33 @@ class GuardedProtocol(HttpProtocol):
     def _leave(self) -> None:
         self._guard.connections.discard(self)
         self._guard.idle.pop(self, None)
+
+
+class _AfterUpgrade:
+    """What a parser tells a connection, but for a first head that we wrote."""
+
+    def __init__(self, connection: GuardedProtocol) -> None:
+        self._connection: GuardedProtocol | None = None
+        self._later = connection
+        self.on_body = connection.on_body
+        self.on_message_complete = connection.on_message_complete
+
+    def on_message_begin(self) -> None:
+        if self._connection is not None:
+            self._connection.on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        if self._connection is not None:
+            self._connection.on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._connection is not None:
+            self._connection.on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if self._connection is not None:
+            self._connection.on_headers_complete()
+        self._connection = self._later
 
 
 class _GentlyClosed:

@@ -88,7 +88,8 @@ class HttpExchange:
     __slots__ = ("_body", "_changed", "_charged", "_dropped", "_held", "_left",
                  "_max_chunk", "_more_body", "_on_the_way", "_start", "_starts",
                  "_window", "disconnected", "entered", "exchange_id", "head",
-                 "reply_to", "response_complete", "response_started", "task")  # fmt: skip
+                 "reply_to", "response_complete", "response_started",
+                 "task")  # fmt: skip
 
     def __init__(
         self,

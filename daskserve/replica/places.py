@@ -43,7 +43,10 @@ class Places(Generic[C]):
 
     def take(self, caller: C, ongoing: int) -> bool:
         """Whether a request may begin while `ongoing` others have places."""
-        if caller in self._kept:
+        if not self._kept:
+            if ongoing < self._limit:
+                return True
+        elif caller in self._kept:
             self._kept.discard(caller)
             self._refused.setdefault(caller)  # until it says that it has no more
             if ongoing < self._limit:

@@ -110,7 +110,7 @@ class Runner:
         self._report = report
         self.session = session
         self._thread = LoopThread(f"daskserve-replica-{spec.tag}", user_code=True)
-        self._inbox: Mailbox[tuple[ReplyTo, Message]] = Mailbox(
+        self._inbox: Mailbox[tuple[ReplyTo, list[Message]]] = Mailbox(
             self._thread.loop, self._deliver
         )
         self._starts = Starts(self._thread.loop)
@@ -145,9 +145,9 @@ class Runner:
         self._thread.start()
         self._thread.submit(self._initialize())
 
-    def put(self, reply_to: ReplyTo, message: Message) -> None:
-        """Take a message from a channel; any thread."""
-        self._inbox.put((reply_to, message))
+    def put(self, reply_to: ReplyTo, batch: list[Message]) -> None:
+        """Take messages from a channel; any thread."""
+        self._inbox.put((reply_to, batch))
 
     def forget(self, reply_to: ReplyTo) -> None:
         """Cancel everything that came from `reply_to`; any thread."""
@@ -168,9 +168,10 @@ class Runner:
         self._accepting = False
         for key in [*self._http, *self._websockets, *self._calls]:
             self._send_stopped(*key)
-        for reply_to, message in self._inbox.take_all():
-            if message[0] in OPENING:  # never handed to user code
-                reply_to.send((REFUSED, message[1], "stopping"))
+        for reply_to, batch in self._inbox.take_all():
+            for message in batch:
+                if message[0] in OPENING:  # never handed to user code
+                    reply_to.send((REFUSED, message[1], "stopping"))
         self.close(timeout_s=0)
 
     def close(self, timeout_s: float = 2) -> None:
@@ -257,9 +258,9 @@ class Runner:
 
     # Messages.
 
-    def _deliver(self, batch: list[tuple[ReplyTo, Message]]) -> None:
-        for reply_to, message in batch:
-            self._take_all(reply_to, (message,))
+    def _deliver(self, batches: list[tuple[ReplyTo, list[Message]]]) -> None:
+        for reply_to, batch in batches:
+            self._take_all(reply_to, batch)
 
     def _take_all(self, reply_to: ReplyTo, batch: Iterable[Message]) -> None:
         for message in batch:
@@ -497,14 +498,9 @@ class Runner:
 
     def _enter(self, request_id: str | None) -> None:
         """Tell the code of the running task where it is: here, and on which worker."""
+        spec, servable = self.spec, self._servable.object
         current_replica.set(
-            ReplicaContext(
-                self.spec.deployment,
-                self.spec.tag,
-                self._servable.object,
-                request_id,
-                self,
-            )
+            ReplicaContext(spec.deployment, spec.tag, servable, request_id, self)
         )
         # Then `distributed.get_client()` works as it does in tasks and actors.
         _worker_cvar.set(self.session.worker)

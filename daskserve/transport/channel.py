@@ -45,8 +45,8 @@ class ReplyTo(Protocol):
 class Inbox(Protocol):
     """A replica's end of all channels."""
 
-    def put(self, reply_to: ReplyTo, message: Message) -> None:
-        """Hand `message` to the replica; any thread."""
+    def put(self, reply_to: ReplyTo, batch: list[Message]) -> None:
+        """Hand messages to the replica, in this order; any thread."""
 
     def forget(self, reply_to: ReplyTo) -> None:
         """Cancel what came from `reply_to`: its caller is gone; any thread."""
@@ -335,8 +335,7 @@ class LocalChannel(Channel):
 
     def _flush(self) -> None:
         unsent, self._unsent = self._unsent, []
-        for message in unsent:
-            dispatch(self._inboxes, self._reply_to, message)
+        dispatch(self._inboxes, self._reply_to, unsent)
 
     def close(self, reason: str) -> None:
         """Fail the exchanges that are open with `reason`."""
@@ -359,8 +358,7 @@ async def serve_channel(comm: Any, inboxes: Mapping[int, Inbox]) -> None:
     """Be a worker's end of a channel until the comm closes; runs on Dask's loop."""
 
     def deliver(batch: list[Message]) -> None:
-        for message in batch:
-            dispatch(inboxes, reply_to, message)
+        dispatch(inboxes, reply_to, batch)
 
     def write(batch: list[Message]) -> None:
         for message in batch:
@@ -375,10 +373,19 @@ async def serve_channel(comm: Any, inboxes: Mapping[int, Inbox]) -> None:
             inbox.forget(reply_to)
 
 
-def dispatch(inboxes: Mapping[int, Inbox], reply_to: ReplyTo, message: Message) -> None:
-    """Hand `message` to the replica it names, or refuse it if that is not here."""
-    inbox = inboxes.get(message[2])
-    if inbox is not None:
-        inbox.put(reply_to, message)
-    elif message[0] in OPENING:
-        reply_to.send((REFUSED, message[1], f"replica {message[2]} is not here"))
+def dispatch(
+    inboxes: Mapping[int, Inbox], reply_to: ReplyTo, batch: list[Message]
+) -> None:
+    """Hand messages to the replicas they name, or refuse what names none here."""
+    by_replica: dict[int, list[Message]] = {}
+    for message in batch:
+        by_replica.setdefault(message[2], []).append(message)
+    for replica_id, messages in by_replica.items():
+        inbox = inboxes.get(replica_id)
+        if inbox is not None:
+            inbox.put(reply_to, messages)
+            continue
+        for message in messages:
+            if message[0] in OPENING:
+                reason = f"replica {replica_id} is not here"
+                reply_to.send((REFUSED, message[1], reason))

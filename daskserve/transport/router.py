@@ -69,6 +69,9 @@ class Router:
         avoid
             A replica to be taken only if there is no other.
         """
+        if len(self.slots) == 1:
+            (only,) = self.slots.values()
+            return only if self._has_room(only, now) else None
         best = self._less_loaded(self._local, now, avoid)
         if best is None:
             best = self._less_loaded(self._remote, now, avoid)
@@ -95,10 +98,7 @@ class Router:
         count = len(slots)
         if count == 0:
             return None
-        if count == 1:
-            only = slots[0]
-            return only if only is not avoid and self._has_room(only, now) else None
-        if count == 2:
+        if count <= 2:
             first, second = slots[0], slots[-1]
         else:
             # Two different ones, each pair as likely.
