@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import Any
 from urllib.parse import quote
@@ -59,20 +58,23 @@ class Forwarding:
         The fields of `messages.Head`.
     timeout_s
         Time until the response has to begin; None for no limit.
+    deadline
+        The end of it, on the loop's clock.
     """
 
     __slots__ = ("body", "call", "deadline", "head", "more_body", "timeout_s")
 
     def __init__(
-        self, call: Call, head: tuple[Any, ...], timeout_s: float | None
+        self,
+        call: Call,
+        head: tuple[Any, ...],
+        timeout_s: float | None,
+        deadline: float | None,
     ) -> None:
         self.call = call
         self.head = head
         self.timeout_s = timeout_s
-        #: On the loop's clock.
-        self.deadline: float | None = None
-        if timeout_s is not None:
-            self.deadline = asyncio.get_running_loop().time() + timeout_s
+        self.deadline = deadline
         #: What of the request's body goes along with the head.
         self.body = b""
         self.more_body = False
@@ -176,7 +178,11 @@ class Forwarder:
         window = self._windows.take()
         head = (*_head(scope, root_path, path, info), self._options.debug, window)
         call = Call(self._dispatcher, info.deployment)
-        return Forwarding(call, head, self._timeout_s(info))
+        timeout_s = self._timeout_s(info)
+        deadline = None
+        if timeout_s is not None:
+            deadline = self._dispatcher.loop.time() + timeout_s
+        return Forwarding(call, head, timeout_s, deadline)
 
     async def _run(
         self,
