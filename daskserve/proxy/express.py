@@ -25,7 +25,9 @@ from daskserve.transport.messages import RESPONSE, Headers, Message
 #: Timeouts that are shorter have a timer of their own, for others a sweep will do.
 EXACT_TIMEOUT_S = 10.0
 #: These decide about the connection, which is uvicorn's business.
-_FRAMING = frozenset({b"transfer-encoding", b"connection", b"upgrade"})
+_FRAMING = frozenset(
+    {b"content-length", b"transfer-encoding", b"connection", b"upgrade"}
+)
 #: These responses have no body, whatever their head says.
 _NO_BODY = frozenset({204, 304})
 
@@ -218,10 +220,9 @@ def _lines(headers: Headers, body_bytes: int) -> list[bytes] | None:
     length: bytes | None = None
     lines = []
     for name, value in headers:
-        low = name.lower()
-        if low == b"content-length" and length is None:
+        if name in _FRAMING:
+            if name != b"content-length" or length is not None:
+                return None
             length = value
-        elif low == b"content-length" or low in _FRAMING:
-            return None
-        lines.append(b"%s: %s\r\n" % (low, value))
+        lines.append(b"%s: %s\r\n" % (name, value))
     return lines if length == b"%d" % body_bytes else None

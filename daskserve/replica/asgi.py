@@ -298,7 +298,7 @@ def read_start(event: Message, method: str) -> tuple[int, Headers, int | None]:
     Returns
     -------
     tuple
-        Status, headers, and how long the body has to be; None if that is left open.
+        Status, headers with small names, and how long the body has to be; None if that is left open.
 
     Raises
     ------
@@ -323,7 +323,7 @@ def read_start(event: Message, method: str) -> tuple[int, Headers, int | None]:
             length = value if length is None else length
         elif low == b"transfer-encoding" and chunked is None:
             chunked = value.lower() == b"chunked"
-        headers.append((name, value))
+        headers.append((low, value))
     if method == "HEAD" or status in (204, 304) or chunked or length is None:
         return status, headers, None  # no body follows, or one that says its length
     if not length.strip().isdigit():
