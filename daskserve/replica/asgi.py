@@ -298,7 +298,8 @@ def read_start(event: Message, method: str) -> tuple[int, Headers, int | None]:
     Returns
     -------
     tuple
-        Status, headers with small names, and how long the body has to be; None if that is left open.
+        Status, headers with small names, and how long the body has to be; None if that
+        is left open.
 
     Raises
     ------
