@@ -1,16 +1,20 @@
-"""How fast daskserve is beside the same app on plain uvicorn.
+"""How fast daskserve is beside the same app on plain uvicorn, and beside plain Dask.
 
 README
 ------
 ``python -m tests.benchmarks [--rows REGEX] [--seconds S] [--rounds N] [--json FILE]``
 
-Real processes on loopback. Each row loads plain uvicorn (one process, httptools,
-uvloop, no access log) and daskserve in turn, A B A B, with `wrk` where it is installed
-and the client of `load` otherwise. A ratio is taken of each pair, and the table shows
-medians: ``req/s`` above 1 and ``p50`` below 1 are where daskserve is ahead. The JSON
-file has all raw figures. Servers that wait for their turn stay up.
+Real processes on loopback. Each row measures its opponent and daskserve in turn, A B
+A B. A ratio, ours to theirs, is taken of each pair, and the table shows medians, a line
+for each figure: a ratio above 1 is where daskserve is ahead in figures "a second", and
+behind in all others. Servers that wait for their turn stay up. A row that fails is
+shown with its error, the others go on, and the command ends with 1. The JSON file has
+all raw figures, and is written whatever happens. ``--list`` prints the rows' names.
 
-A row is called ``app/variant/c=N``. Variants: ``head-far`` (HeadOnly, replica in
-another worker), ``head-near`` (in the proxy's worker), ``every-1`` and ``every-2``
-(EveryNode on one and two workers, a replica in each).
+``{app}/{variant}/c={connections}``
+    Small requests, beside plain uvicorn (one process, httptools, uvloop, no access
+    log), by `wrk` where it is installed and the client of `load` otherwise. Variants:
+    ``head-far`` (HeadOnly, replica in another worker), ``head-near`` (in the proxy's
+    worker), ``every-1`` and ``every-2`` (EveryNode on one and two workers, which share
+    a port and, if there is more than one connection, the load; a replica in each).
 """

@@ -4,29 +4,48 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import sys
 from pathlib import Path
 
-from tests.benchmarks.rows import measure, names
-from tests.benchmarks.table import HEADER, line, report
+from tests.benchmarks.catalog import BENCHES
+from tests.benchmarks.rows import Row, measure
+from tests.benchmarks.table import HEADER, lines, report
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks")
     parser.add_argument("--rows", default="", help="a regular expression")
-    parser.add_argument("--seconds", type=float, default=5)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=5,
+        help="of one measurement; wrk takes them rounded to whole ones, at least 1",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="A B, so many times")
+    parser.add_argument("--json", type=Path, help="a file for all figures")
+    parser.add_argument("--list", action="store_true", help="only print rows' names")
     args = parser.parse_args()
-    if not names(args.rows):
+    chosen = [b.name for b in BENCHES if re.search(args.rows, b.name)]
+    if not chosen:
         parser.error(f"no row matches {args.rows!r}")
+    if args.seconds <= 0 or args.rounds < 1:
+        parser.error("--seconds and --rounds must be above 0")
+    if args.list:
+        print("\n".join(chosen))
+        return 0
     print(HEADER, flush=True)
-    rows = []
-    for row in measure(args.rows, args.seconds, args.rounds):
-        print(line(row), flush=True)
-        rows.append(row)
-    if args.json:
-        args.json.write_text(json.dumps(report(rows), indent=1) + "\n")
+    rows: list[Row] = []
+    try:
+        for row in measure(BENCHES, args.rows, args.seconds, args.rounds):
+            rows.append(row)
+            print("\n".join(lines(row)), flush=True)
+    finally:  # also after Ctrl-C: what took minutes to measure is kept
+        if args.json:
+            text = json.dumps(report(rows, args.seconds, args.rounds), indent=1)
+            args.json.write_text(text + "\n")
+    return int(any(row.error for row in rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,39 +10,47 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from tests.benchmarks.rows import Figures
 from tests.utils import ROOT
 
 _UNITS = {"us": 1.0, "ms": 1e3, "s": 1e6}
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Requests a second, and the median latency in microseconds."""
-
-    rate: float
-    p50_us: float
 
 
 def client_name() -> str:
     return "wrk" if shutil.which("wrk") else "asyncio"
 
 
-def load(url: str, connections: int, seconds: float) -> Figures:
-    """Load a server and fail if any answer is not a 200."""
+def load(
+    url: str, connections: int, seconds: float, headers: Sequence[str] = ()
+) -> Figures:
+    """Load a server and fail if any answer is not a 200.
+
+    Returns
+    -------
+    Figures
+        Requests a second, and the median latency in microseconds.
+    """
+    seconds = max(1, round(seconds)) if client_name() == "wrk" else seconds
+    limit = seconds + 30
     if client_name() == "wrk":
-        duration = f"-d{max(1, round(seconds))}s"  # wrk takes whole seconds
-        return parse_wrk(
-            _run("wrk", "-t1", f"-c{connections}", duration, "--latency", url)
-        )
-    module = (sys.executable, "-m", "tests.benchmarks.load")
-    return Figures(**json.loads(_run(*module, url, str(connections), str(seconds))))
+        command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency"]
+        for header in headers:
+            command += ["-H", header]
+        return parse_wrk(_run(limit, *command, url))
+    command = [sys.executable, "-m", "tests.benchmarks.load"]
+    figures: Figures = json.loads(
+        _run(limit, *command, url, str(connections), str(seconds), *headers)
+    )
+    return figures
 
 
-def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+def _run(limit: float, *command: str) -> str:
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=limit
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -53,23 +61,27 @@ def parse_wrk(text: str) -> Figures:
     p50 = re.search(r"50%\s+([\d.]+)(us|ms|s)\b", text)
     assert rate and p50, text
     assert float(rate[1]) > 0, text
-    return Figures(float(rate[1]), float(p50[1]) * _UNITS[p50[2]])
+    return {"req/s": float(rate[1]), "p50 us": float(p50[1]) * _UNITS[p50[2]]}
 
 
-async def _storm(url: str, connections: int, seconds: float) -> Figures:
+async def _storm(
+    url: str, connections: int, seconds: float, headers: Sequence[str]
+) -> Figures:
     deadline = time.perf_counter() + seconds
     latencies: list[float] = []
-    clients = (_client(url, deadline, latencies) for _ in range(connections))
+    clients = (_client(url, deadline, headers, latencies) for _ in range(connections))
     await asyncio.gather(*clients)
-    return Figures(len(latencies) / seconds, statistics.median(latencies) * 1e6)
+    p50 = statistics.median(latencies) * 1e6
+    return {"req/s": len(latencies) / seconds, "p50 us": p50}
 
 
-async def _client(url: str, deadline: float, latencies: list[float]) -> None:
+async def _client(
+    url: str, deadline: float, headers: Sequence[str], latencies: list[float]
+) -> None:
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-    request = (
-        f"GET {parts.path or '/'} HTTP/1.1\r\nHost: {parts.netloc}\r\n\r\n".encode()
-    )
+    lines = [f"GET {parts.path or '/'} HTTP/1.1", f"Host: {parts.netloc}", *headers]
+    request = "\r\n".join([*lines, "", ""]).encode()
     while (began := time.perf_counter()) < deadline:
         writer.write(request)
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
@@ -82,5 +94,6 @@ async def _client(url: str, deadline: float, latencies: list[float]) -> None:
 
 
 if __name__ == "__main__":
-    figures = asyncio.run(_storm(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])))
-    print(json.dumps(vars(figures)))
+    _url, _connections, _seconds, *_headers = sys.argv[1:]
+    storm = _storm(_url, int(_connections), float(_seconds), _headers)
+    print(json.dumps(asyncio.run(storm)))

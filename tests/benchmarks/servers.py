@@ -7,7 +7,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,19 @@ class QuietCluster(ProcessCluster):
             super().__exit__(*error)
 
 
-@contextmanager
-def daskserve(variant: str) -> Iterator[Site]:
+def daskserve(variant: str) -> AbstractContextManager[Site]:
     """Start an instance as a variant wants it; the access log is off by default."""
     workers = 1 if variant == "every-1" else 2
-    location = "HeadOnly" if variant.startswith("head") else "EveryNode"
+    return start_site(workers, "HeadOnly" if "head" in variant else "EveryNode")
+
+
+@contextmanager
+def start_site(workers: int = 2, location: str = "HeadOnly") -> Iterator[Site]:
+    """Start a cluster with an instance on it."""
+    # With port 0, the servers of EveryNode would not share one, but take one each.
+    http = {"port": free_port(), "location": location}
     with QuietCluster(workers, nanny=False) as cluster, cluster.client() as client:
-        instance = serve.start(http_options={"port": 0, "location": location})
+        instance = serve.start(http_options=http)
         try:
             yield Site(cluster, client, instance)
         finally:

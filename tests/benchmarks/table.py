@@ -3,49 +3,44 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
-from statistics import median
 from typing import Any
 
 import psutil
 
 from tests.benchmarks.load import client_name
-from tests.benchmarks.rows import Row
+from tests.benchmarks.rows import Row, medians
 
 _PACKAGES = ("daskserve", "distributed", "uvicorn", "starlette", "fastapi", "uvloop")
-HEADER = (
-    f"{'row':32} {'uvicorn/s':>10} {'ours/s':>10} {'ratio':>6}"
-    f" {'uvicorn us':>11} {'ours us':>10} {'ratio':>6}"
-)
+_ROW = "{:34} {:11} {:>10} {:>10} {:>6}  {}"
+HEADER = _ROW.format("row", "against", "theirs", "ours", "ratio", "figure")
 
 
-def summary(row: Row) -> dict[str, float]:
-    pairs = list(zip(row.plain, row.ours, strict=True))
-    return {
-        "plain_rate": median(f.rate for f in row.plain),
-        "rate": median(f.rate for f in row.ours),
-        "rate_ratio": median(b.rate / a.rate for a, b in pairs),
-        "plain_p50_us": median(f.p50_us for f in row.plain),
-        "p50_us": median(f.p50_us for f in row.ours),
-        "p50_ratio": median(b.p50_us / a.p50_us for a, b in pairs),
-    }
+def lines(row: Row) -> Iterator[str]:
+    """Give a line for each figure, or the error."""
+    start = (row.name, row.against or "-")
+    if row.error is not None:
+        yield f"{_ROW.format(*start, '-', '-', '-', 'FAILED')}\n{row.error}"
+        return
+    for figure, of in medians(row).items():
+        cells = [_cell(of.get(key)) for key in ("theirs", "ours", "ratio")]
+        yield _ROW.format(*start, *cells, figure)
 
 
-def line(row: Row) -> str:
-    s = summary(row)
-    return (
-        f"{row.name:32} {s['plain_rate']:10.0f} {s['rate']:10.0f}"
-        f" {s['rate_ratio']:6.2f}"
-        f" {s['plain_p50_us']:11.0f} {s['p50_us']:10.0f} {s['p50_ratio']:6.2f}"
-    )
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2f}"
 
 
-def report(rows: Sequence[Row]) -> dict[str, Any]:
+def report(rows: Sequence[Row], seconds: float, rounds: int) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": seconds,
+        "rounds": rounds,
         "versions": {name: version(name) for name in _PACKAGES},
         "machine": {
             "system": platform.platform(),
@@ -54,5 +49,5 @@ def report(rows: Sequence[Row]) -> dict[str, Any]:
             "memory_bytes": psutil.virtual_memory().total,
         },
         "client": client_name(),
-        "rows": [{**asdict(row), "medians": summary(row)} for row in rows],
+        "rows": [{**asdict(row), "medians": medians(row)} for row in rows],
     }
