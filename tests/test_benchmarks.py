@@ -40,6 +40,19 @@ def test_requests(tmp_path: Path) -> None:
     assert 0 < row["ours"][0]["p50 us"] < 1e6
 
 
+#: A cheap one of each other kind.
+OTHERS = ["handles/replica/coro/c=1"]
+
+
+@pytest.mark.slow
+def test_others(tmp_path: Path) -> None:
+    rows = run(tmp_path, "|".join(f"^{name}$" for name in OTHERS), 0.2)
+    assert sorted(rows) == sorted(OTHERS)
+    for row in rows.values():
+        assert row["error"] is None
+        assert all(value > 0 for value in row["ours"][0].values()), row
+
+
 @contextmanager
 def place(log: list[str]) -> Iterator[list[str]]:
     log.append("open")

@@ -17,4 +17,10 @@ all raw figures, and is written whatever happens. ``--list`` prints the rows' na
     ``head-far`` (HeadOnly, replica in another worker), ``head-near`` (in the proxy's
     worker), ``every-1`` and ``every-2`` (EveryNode on one and two workers, which share
     a port and, if there is more than one connection, the load; a replica in each).
+
+``handles/{caller}/{method}/c={calls}``
+    Calls of an empty method through a handle, so many in flight, beside those of a
+    plain Dask actor of the same class on the same worker. The caller is the ``client``
+    (the command's process, which asks for results) or a ``replica`` (an actor, for
+    Dask's) in another worker, which awaits them.
 """

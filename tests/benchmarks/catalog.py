@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.benchmarks import requests
+from tests.benchmarks import handles, requests
 
-BENCHES = [*requests.BENCHES]
+BENCHES = [*requests.BENCHES, *handles.BENCHES]
