@@ -41,7 +41,13 @@ def test_requests(tmp_path: Path) -> None:
 
 
 #: A cheap one of each other kind.
-OTHERS = ["handles/replica/coro/c=1"]
+OTHERS = [
+    "handles/replica/coro/c=1",
+    "bodies/up/10MB/far",
+    "bodies/down/10MB/far",
+    "streams/100-clients/0ms/far",
+    "websockets/echo/far/c=50",
+]
 
 
 @pytest.mark.slow

@@ -23,4 +23,15 @@ all raw figures, and is written whatever happens. ``--list`` prints the rows' na
     plain Dask actor of the same class on the same worker. The caller is the ``client``
     (the command's process, which asks for results) or a ``replica`` (an actor, for
     Dask's) in another worker, which awaits them.
+
+``bodies/{direction}/{size}/{where}``
+    Bodies one at a time, as often as there is time, at least once; a new connection for
+    each. ``up``: the app reads and counts. ``down``: it streams blocks of 256 KiB.
+    ``whole``: one `Response`. HeadOnly; the replica is ``far`` or ``near``, as above.
+
+``streams/100-clients/{pause}/{where}``
+    100 clients, each of which reads 200 chunks of 64 bytes, with a pause after each.
+
+``websockets/echo/{where}/c={clients}``
+    Messages of 16 bytes; each client waits for its echo before it sends the next.
 """

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.benchmarks import handles, requests
+from tests.benchmarks import bodies, handles, requests, streams
 
-BENCHES = [*requests.BENCHES, *handles.BENCHES]
+BENCHES = [*requests.BENCHES, *handles.BENCHES, *bodies.BENCHES, *streams.BENCHES]

@@ -9,7 +9,7 @@ from functools import partial
 from tests.benchmarks.apps import PLAIN
 from tests.benchmarks.load import load
 from tests.benchmarks.rows import Bench, Figures, Sides
-from tests.benchmarks.servers import daskserve, deploy, plain_uvicorn
+from tests.benchmarks.servers import both, daskserve
 from tests.test_http import Site
 
 VARIANTS = ("head-far", "head-near", "every-1", "every-2")
@@ -40,12 +40,8 @@ def _sides(
                 assert min(done) >= LEAST_SHARE * sum(done), f"not shared: {done}"
             return figures
 
-        try:
-            url = deploy(site, app, variant)
-            with plain_uvicorn(PLAIN[app]) as plain:
-                yield Sides(ours, lambda: load(plain, connections, seconds))
-        finally:
-            site.clean()
+        with both(site, app, variant) as (url, plain):
+            yield Sides(ours, lambda: load(plain, connections, seconds))
 
     return sides
 

@@ -96,14 +96,12 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def repeated(
-    call: Callable[[], int], seconds: float, unit: str, size: float
-) -> Figures:
-    """Call for so long, at least once; return units of `size` a second."""
+def repeated(call: Callable[[], int], seconds: float) -> float:
+    """Call for so long, at least once; return the sum of what it gave, a second."""
     done, began = 0, time.perf_counter()
     while not done or time.perf_counter() - began < seconds:
         done += call()
-    return {unit: done / size / (time.perf_counter() - began)}
+    return done / (time.perf_counter() - began)
 
 
 def medians(row: Row) -> dict[str, dict[str, float]]:

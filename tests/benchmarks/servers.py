@@ -74,7 +74,7 @@ def deploy(site: Site, app: str, variant: str) -> str:
     """Deploy an app where the variant wants its replicas; give its URL."""
     where = {"head-far": "far", "head-near": "near"}.get(variant)
     replicas = 2 if variant == "every-2" else 1
-    target = _target(app)
+    target = apps.function if app == "function" else served(apps.PLAIN.get(app, app))
     deployment = site.deploy(target, where=where, num_replicas=replicas)
     _check_placement(site, deployment.name, replicas)
     url = site.at(deployment) + ("" if app == "function" else "/")
@@ -87,12 +87,22 @@ def _check_placement(site: Site, name: str, replicas: int) -> None:
     assert len({replica.worker for replica in status.replicas}) == replicas, status
 
 
-def _target(app: str) -> Any:
-    if app == "function":
-        return apps.function
+def served(app: str) -> Any:
+    """Return a class that serves an app of `apps`."""
 
-    @serve.ingress(getattr(apps, apps.PLAIN[app]))
+    @serve.ingress(getattr(apps, app))
     class Noop:
         pass
 
     return Noop
+
+
+@contextmanager
+def both(site: Site, app: str, variant: str) -> Iterator[tuple[str, str]]:
+    """Serve an app of `apps` by daskserve and by uvicorn; give both URLs, in order."""
+    try:
+        ours = deploy(site, app, variant)
+        with plain_uvicorn(apps.PLAIN.get(app, app)) as plain:
+            yield ours, plain
+    finally:
+        site.clean()

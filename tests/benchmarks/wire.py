@@ -1,0 +1,142 @@
+"""Clients on bare sockets, which cost little beside the servers they load.
+
+In the process of the command. All are for connections that the server closes after
+one answer, but for `websockets`.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from urllib.parse import urlsplit
+
+TIMEOUT_S = 30
+BUFFER = 1 << 20
+UPGRADE = (
+    "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+)
+
+
+@contextmanager
+def connected(
+    url: str, method: str = "GET", headers: str = ""
+) -> Iterator[socket.socket]:
+    """Connect and send the head of a request."""
+    parts = urlsplit(url)
+    assert parts.hostname and parts.port
+    head = f"{method} {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n{headers}\r\n"
+    with socket.create_connection((parts.hostname, parts.port), TIMEOUT_S) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.sendall(head.encode())
+        yield sock
+
+
+def read_head(sock: socket.socket) -> bytes:
+    """Read until the head of the answer is there; return what came after it."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        more = sock.recv(1 << 16)
+        assert more, data
+        data += more
+    head, _, rest = data.partition(b"\r\n\r\n")
+    assert head.split()[1] in (b"200", b"101"), head
+    return rest
+
+
+def download(url: str, size: int) -> int:
+    """Read a body, chunked or not, without looking at it; return its size."""
+    with connected(url, headers="Connection: close\r\n") as sock:
+        read = len(read_head(sock))
+        buffer = bytearray(BUFFER)
+        # The kernel drops what it would have to copy.
+        while got := sock.recv_into(buffer, flags=socket.MSG_TRUNC):
+            read += got
+    assert size <= read < size * 1.01 + 1000, f"{read} bytes for {size}"
+    return size
+
+
+@contextmanager
+def uploads(size: int) -> Iterator[Callable[[str], int]]:
+    """Give a function that sends a body of zeros and expects its size as the answer."""
+    with tempfile.TemporaryFile() as file:
+        os.truncate(file.fileno(), size)
+
+        def upload(url: str) -> int:
+            headers = f"Connection: close\r\nContent-Length: {size}\r\n"
+            with connected(url, "PUT", headers) as sock:
+                file.seek(0)
+                sock.sendfile(file)
+                answer = read_head(sock)
+                while more := sock.recv(1 << 16):
+                    answer += more
+            assert answer == str(size).encode(), answer
+            return size
+
+        yield upload
+
+
+def read_many(url: str, clients: int, byte: bytes) -> int:
+    """Read bodies at the same time; return how often they have the byte in all."""
+    with ExitStack() as stack, selectors.DefaultSelector() as selector:
+        for _ in range(clients):
+            sock = stack.enter_context(connected(url, headers="Connection: close\r\n"))
+            selector.register(sock, selectors.EVENT_READ, True)
+        count = 0
+        while selector.get_map():
+            ready = selector.select(TIMEOUT_S)
+            assert ready, f"nothing came for {TIMEOUT_S} s"
+            for key, _ in ready:
+                assert isinstance(key.fileobj, socket.socket)
+                data = key.fileobj.recv(1 << 16)
+                if key.data:  # the first of it
+                    assert data.startswith(b"HTTP/1.1 200 "), data
+                    selector.modify(key.fileobj, selectors.EVENT_READ, False)
+                count += data.count(byte)
+                if not data:
+                    selector.unregister(key.fileobj)
+    return count
+
+
+@contextmanager
+def websockets(url: str, clients: int) -> Iterator[Callable[[float], float]]:
+    """Open them; give a function that has all echo, and returns echoes a second."""
+    text = b"0123456789abcdef"
+    ping = bytes([0x81, 0x80 | len(text), 0, 0, 0, 0]) + text
+    pong = bytes([0x81, len(text)]) + text
+    with ExitStack() as stack, selectors.DefaultSelector() as selector:
+        for _ in range(clients):
+            sock = stack.enter_context(connected(url, headers=UPGRADE))
+            assert read_head(sock) == b""
+            selector.register(sock, selectors.EVENT_READ)
+
+        def echo(seconds: float) -> float:
+            began = time.perf_counter()
+            for key in selector.get_map().values():
+                _sock(key).sendall(ping)
+            echoes, waiting = 0, clients
+            while waiting:
+                ready = selector.select(TIMEOUT_S)
+                assert ready, f"no echo for {TIMEOUT_S} s"
+                over = time.perf_counter() - began > seconds
+                for key, _ in ready:
+                    data = _sock(key).recv(len(pong), socket.MSG_WAITALL)
+                    assert data == pong, data
+                    echoes += 1
+                    if over:
+                        waiting -= 1
+                    else:
+                        _sock(key).sendall(ping)
+            return echoes / (time.perf_counter() - began)
+
+        yield echo
+
+
+def _sock(key: selectors.SelectorKey) -> socket.socket:
+    assert isinstance(key.fileobj, socket.socket)
+    return key.fileobj
