@@ -34,4 +34,9 @@ all raw figures, and is written whatever happens. ``--list`` prints the rows' na
 
 ``websockets/echo/{where}/c={clients}``
     Messages of 16 bytes; each client waits for its echo before it sends the next.
+
+``features/{feature}``
+    What a feature costs: small requests on ten connections, far, beside daskserve
+    without it. ``middleware``: Starlette's `CORSMiddleware`; ``access-log``: lines with
+    the time to /dev/null; ``token``.
 """

@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
-from tests.benchmarks import bodies, handles, requests, streams
+from tests.benchmarks import (
+    bodies,
+    features,
+    handles,
+    requests,
+    streams,
+)
 
-BENCHES = [*requests.BENCHES, *handles.BENCHES, *bodies.BENCHES, *streams.BENCHES]
+#: Those of the same place next to each other, so that it is started once.
+BENCHES = [
+    *requests.BENCHES,
+    *features.BENCHES,
+    *handles.BENCHES,
+    *bodies.BENCHES,
+    *streams.BENCHES,
+]

@@ -6,7 +6,7 @@ import io
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,12 @@ def plain_uvicorn(app: str) -> Iterator[str]:
             process.end_group()
 
 
-def _answers(url: str) -> bool:
+def _answers(url: str, headers: Sequence[str] = ()) -> bool:
+    request = urllib.request.Request(
+        url, headers=dict(header.split(": ", 1) for header in headers)
+    )
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
+        with urllib.request.urlopen(request, timeout=5) as response:
             return bool(response.status == 200)
     except OSError:
         return False
@@ -70,7 +73,7 @@ def start_site(workers: int = 2, location: str = "HeadOnly") -> Iterator[Site]:
             instance.shutdown()
 
 
-def deploy(site: Site, app: str, variant: str) -> str:
+def deploy(site: Site, app: str, variant: str, headers: Sequence[str] = ()) -> str:
     """Deploy an app where the variant wants its replicas; give its URL."""
     where = {"head-far": "far", "head-near": "near"}.get(variant)
     replicas = 2 if variant == "every-2" else 1
@@ -78,7 +81,7 @@ def deploy(site: Site, app: str, variant: str) -> str:
     deployment = site.deploy(target, where=where, num_replicas=replicas)
     _check_placement(site, deployment.name, replicas)
     url = site.at(deployment) + ("" if app == "function" else "/")
-    poll(lambda: _answers(url), 30)
+    poll(lambda: _answers(url, headers), 30)
     return url
 
 
