@@ -49,6 +49,9 @@ OTHERS = [
     "streams/100-clients/0ms/far",
     "websockets/echo/far/c=50",
     "features/token",
+    "deploy/2",
+    "delete/2",
+    "deploy/route-update",
 ]
 
 

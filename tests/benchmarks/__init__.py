@@ -39,4 +39,9 @@ all raw figures, and is written whatever happens. ``--list`` prints the rows' na
     What a feature costs: small requests on ten connections, far, beside daskserve
     without it. ``middleware``: Starlette's `CORSMiddleware`; ``access-log``: lines with
     the time to /dev/null; ``token``.
+
+``deploy/{replicas}``, ``delete/{replicas}``, ``deploy/route-update``
+    No opponent. From `deploy()` to the first answer over HTTP, of an empty class on two
+    workers; `delete()`, with nothing in progress; from `deploy()` with another
+    ``route_prefix`` until all four proxies of EveryNode have answered there.
 """

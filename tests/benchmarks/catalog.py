@@ -6,6 +6,7 @@ from tests.benchmarks import (
     bodies,
     features,
     handles,
+    lifecycle,
     requests,
     streams,
 )
@@ -17,4 +18,5 @@ BENCHES = [
     *handles.BENCHES,
     *bodies.BENCHES,
     *streams.BENCHES,
+    *lifecycle.BENCHES,
 ]
