@@ -52,6 +52,7 @@ OTHERS = [
     "deploy/2",
     "delete/2",
     "deploy/route-update",
+    "idle/proxy-and-replica",
 ]
 
 

@@ -44,4 +44,8 @@ all raw figures, and is written whatever happens. ``--list`` prints the rows' na
     No opponent. From `deploy()` to the first answer over HTTP, of an empty class on two
     workers; `delete()`, with nothing in progress; from `deploy()` with another
     ``route_prefix`` until all four proxies of EveryNode have answered there.
+
+``idle/proxy-and-replica``, ``idle/import``
+    What a worker needs that has nothing to do, beside one without daskserve; and how
+    much of it is ``import daskserve``. Each measurement takes twice the seconds.
 """

@@ -6,6 +6,7 @@ from tests.benchmarks import (
     bodies,
     features,
     handles,
+    idle,
     lifecycle,
     requests,
     streams,
@@ -19,4 +20,5 @@ BENCHES = [
     *bodies.BENCHES,
     *streams.BENCHES,
     *lifecycle.BENCHES,
+    *idle.BENCHES,
 ]
