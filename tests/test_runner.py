@@ -121,7 +121,7 @@ class Replica:
     def send(self, op: int, *fields: Any) -> int:
         if op in (REQUEST, CALL):
             self._last_id += 1
-        self.runner.put(self.caller, (op, self._last_id, 1, *fields))
+        self.runner.put(self.caller, [(op, self._last_id, 1, *fields)])
         return self._last_id
 
     def result(self, exchange_id: int) -> Any:
@@ -293,7 +293,7 @@ def test_max_ongoing_is_strict(replica: Make) -> None:
     over = made.call("hold")
     assert made.caller.wait(over)[0] == REFUSED
     for each in held:
-        made.runner.put(made.caller, (CANCEL, each, 1))
+        made.runner.put(made.caller, [(CANCEL, each, 1)])
     poll(lambda: made.runner.ongoing == 0)
     assert made.result(made.call("free")) is None
 
@@ -309,7 +309,7 @@ def test_a_deserted_sync_call_still_counts(replica: Make) -> None:
     made = replica(Stuck, max_ongoing_requests=1)
     held = made.call("hold")
     assert started.wait(5)
-    made.runner.put(made.caller, (CANCEL, held, 1))
+    made.runner.put(made.caller, [(CANCEL, held, 1)])
     poll(lambda: not made.runner._calls)
     assert made.runner.ongoing == 1
     assert made.caller.wait(made.call("hold"))[0] == REFUSED
@@ -417,9 +417,9 @@ def test_a_slow_reader_slows_the_generator(replica: Make) -> None:
     made.result(made.call("turn"))  # the loop has gone round, and nothing came
     before = len(made.caller.of(asked, CHUNK))
     assert before == WINDOW // 10_000
-    made.runner.put(made.caller, (CREDIT, asked, 1, 30_000))
+    made.runner.put(made.caller, [(CREDIT, asked, 1, 30_000)])
     poll(lambda: len(made.caller.of(asked, CHUNK)) == before + 3)
-    made.runner.put(made.caller, (CANCEL, asked, 1))
+    made.runner.put(made.caller, [(CANCEL, asked, 1)])
     poll(lambda: made.runner.ongoing == 0)
 
 
@@ -434,7 +434,7 @@ def test_an_endless_stream_that_never_waits_is_cancelled(replica: Make) -> None:
     made = replica(endless)
     asked = made.request()
     poll(lambda: len(made.caller.of(asked, CHUNK)) >= WINDOW // 10_000)
-    made.runner.put(made.caller, (CANCEL, asked, 1))
+    made.runner.put(made.caller, [(CANCEL, asked, 1)])
     poll(lambda: made.runner.ongoing == 0)
     assert len(made.caller.of(asked, CHUNK)) == WINDOW // 10_000
 
@@ -463,7 +463,7 @@ def test_a_stream_that_waits_is_cancelled_where_it_waits(replica: Make) -> None:
     for count in range(1, 11):
         asked = made.request()
         made.caller.wait(asked, CHUNK)
-        made.runner.put(made.caller, (CANCEL, asked, 1))
+        made.runner.put(made.caller, [(CANCEL, asked, 1)])
         poll(lambda: made.runner.ongoing == 0)
         assert ENDED == ["closed"] * count
 
@@ -663,7 +663,7 @@ def test_cancel_reaches_the_task_and_the_app_sees_a_disconnect(replica: Make) ->
     made = replica(serve.ingress(app)(Holder))
     asked = made.request()
     poll(lambda: made.runner.ongoing == 1)
-    made.runner.put(made.caller, (CANCEL, asked, 1))
+    made.runner.put(made.caller, [(CANCEL, asked, 1)])
     poll(lambda: made.runner.ongoing == 0)
     assert ENDED == ["http.disconnect"]
     assert made.caller.of(asked) == []
@@ -677,7 +677,7 @@ def test_forget_cancels_all_of_one_caller(replica: Make) -> None:
     made.request()
     made.call()
     other = Caller()
-    made.runner.put(other, (REQUEST, 1, 1, HEAD, b"", False))
+    made.runner.put(other, [(REQUEST, 1, 1, HEAD, b"", False)])
     poll(lambda: made.runner.ongoing == 3)
     made.runner.forget(made.caller)
     poll(lambda: made.runner.ongoing == 1)
