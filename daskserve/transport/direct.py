@@ -19,7 +19,7 @@ import logging
 import secrets
 import ssl
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ import msgpack
 
 from daskserve.transport.channel import Channel, Exchange, Inbox
 from daskserve.transport.messages import GOODBYE, WELCOME, Message
-from daskserve.transport.outbox import Outbox
+from daskserve.transport.outbox import BULK_BYTES, Outbox
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class _Pipe(asyncio.Protocol):
             unicode_errors="surrogatepass",
             max_buffer_size=2**31 - 1,
         )
-        self._pack = msgpack.Packer(unicode_errors="surrogatepass").pack
+        self._packer = msgpack.Packer(unicode_errors="surrogatepass")
         self._outbox = Outbox()
         self._flushing = False
         self._paused = False
@@ -150,12 +150,33 @@ class _Pipe(asyncio.Protocol):
             return
         try:
             while self._outbox and not self._paused:
-                batch = self._outbox.take()
-                transport.write(b"".join(map(self._pack, batch)))
+                small: list[bytes] = []
+                for message in self._outbox.take():
+                    if _is_bulk(message):
+                        small.extend(self._pack_bulk(message))
+                    else:
+                        small.append(self._packer.pack(message))
+                transport.writelines(small)
         except Exception:
             # Better that all on this channel fails than that it is never answered.
             logger.exception("a channel cannot send")
             self.abort()
+
+
+    def _pack_bulk(self, message: Message) -> Iterator[bytes]:
+        """Pack a message, but leave its large fields where they are, uncopied."""
+        pack = self._packer.pack
+        yield self._packer.pack_array_header(len(message))
+        for field in message:
+            if type(field) is bytes and len(field) >= BULK_BYTES:
+                yield b"\xc6" + len(field).to_bytes(4, "big")  # "bin 32" of msgpack
+                yield field
+            else:
+                yield pack(field)
+
+
+def _is_bulk(message: Message) -> bool:
+    return any(type(field) is bytes and len(field) >= BULK_BYTES for field in message)
 
 
 class DirectListener:
