@@ -162,7 +162,6 @@ class _Pipe(asyncio.Protocol):
             logger.exception("a channel cannot send")
             self.abort()
 
-
     def _pack_bulk(self, message: Message) -> Iterator[bytes]:
         """Pack a message, but leave its large fields where they are, uncopied."""
         pack = self._packer.pack

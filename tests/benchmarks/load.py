@@ -9,6 +9,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -24,9 +25,13 @@ def client_name() -> str:
 
 
 def load(
-    url: str, connections: int, seconds: float, headers: Sequence[str] = ()
+    url: str,
+    connections: int,
+    seconds: float,
+    headers: Sequence[str] = (),
+    body: str | None = None,
 ) -> Figures:
-    """Load a server and fail if any answer is not a 200.
+    """Load a server and fail if any answer is not a 200; with a body, by POST of JSON.
 
     Returns
     -------
@@ -39,11 +44,18 @@ def load(
         command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency"]
         for header in headers:
             command += ["-H", header]
-        return parse_wrk(_run(limit, *command, url))
+        if body is None:
+            return parse_wrk(_run(limit, *command, url))
+        with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+            script.write(
+                f'wrk.method = "POST"\nwrk.body = [[{body}]]\n'
+                'wrk.headers["Content-Type"] = "application/json"\n'
+            )
+            script.flush()  # it runs before the load, not for every request
+            return parse_wrk(_run(limit, *command, "-s", script.name, url))
     command = [sys.executable, "-m", "tests.benchmarks.load"]
-    figures: Figures = json.loads(
-        _run(limit, *command, url, str(connections), str(seconds), *headers)
-    )
+    arguments = [url, str(connections), str(seconds), json.dumps(body), *headers]
+    figures: Figures = json.loads(_run(limit, *command, *arguments))
     return figures
 
 
@@ -65,23 +77,35 @@ def parse_wrk(text: str) -> Figures:
 
 
 async def _storm(
-    url: str, connections: int, seconds: float, headers: Sequence[str]
+    url: str,
+    connections: int,
+    seconds: float,
+    headers: Sequence[str],
+    body: str | None,
 ) -> Figures:
     deadline = time.perf_counter() + seconds
     latencies: list[float] = []
-    clients = (_client(url, deadline, headers, latencies) for _ in range(connections))
+    request = _request(url, headers, body)
+    clients = (_client(url, request, deadline, latencies) for _ in range(connections))
     await asyncio.gather(*clients)
     p50 = statistics.median(latencies) * 1e6
     return {"req/s": len(latencies) / seconds, "p50 us": p50}
 
 
+def _request(url: str, headers: Sequence[str], body: str | None) -> bytes:
+    parts = urlsplit(url)
+    method = "GET" if body is None else "POST"
+    lines = [f"{method} {parts.path or '/'} HTTP/1.1", f"Host: {parts.netloc}"]
+    if body is not None:
+        lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+    return "\r\n".join([*lines, *headers, "", body or ""]).encode()
+
+
 async def _client(
-    url: str, deadline: float, headers: Sequence[str], latencies: list[float]
+    url: str, request: bytes, deadline: float, latencies: list[float]
 ) -> None:
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-    lines = [f"GET {parts.path or '/'} HTTP/1.1", f"Host: {parts.netloc}", *headers]
-    request = "\r\n".join([*lines, "", ""]).encode()
     while (began := time.perf_counter()) < deadline:
         writer.write(request)
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
@@ -94,6 +118,8 @@ async def _client(
 
 
 if __name__ == "__main__":
-    _url, _connections, _seconds, *_headers = sys.argv[1:]
-    storm = _storm(_url, int(_connections), float(_seconds), _headers)
+    _url, _connections, _seconds, _body, *_headers = sys.argv[1:]
+    storm = _storm(
+        _url, int(_connections), float(_seconds), _headers, json.loads(_body)
+    )
     print(json.dumps(asyncio.run(storm)))
