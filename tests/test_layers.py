@@ -56,7 +56,6 @@ PURE = [
     "transport.messages",
     "transport.outbox",
     "transport.router",
-    "transport.snapshots",
     "proxy.routes",
     "proxy.windows",
     "replica.places",

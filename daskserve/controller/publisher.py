@@ -1,7 +1,4 @@
-"""Routes go down as numbered snapshots; who has which is known. Scheduler.
-
-Who subscribes gets a whole one, and from then on what changes from each to the next.
-"""
+"""Routes go down as numbered whole snapshots; who has which is known. Scheduler."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ from distributed import Scheduler
 
 from daskserve.controller.queues import QueueBoard
 from daskserve.transport.messages import STREAM_LOST, STREAM_QUEUED, STREAM_ROUTES
-from daskserve.transport.snapshots import difference
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +23,8 @@ LOCAL = "scheduler"
 class LocalSubscriber(Protocol):
     """The proxy in the scheduler's own process."""
 
-    def take_routes(
-        self, version: int, snapshot: dict[str, Any], base: int | None
-    ) -> None:
-        """Take a snapshot, or what changed since the one with the number `base`."""
+    def take_routes(self, version: int, snapshot: dict[str, Any]) -> None:
+        """Take a snapshot."""
 
     def worker_lost(self, address: str) -> None:
         """Note that a worker has gone."""
@@ -63,20 +57,17 @@ class Publisher:
         self.queues = QueueBoard()
 
     def publish(self, snapshot: dict[str, Any]) -> None:
-        """Send what is new in a snapshot to all who subscribed, if anything is."""
-        changes = difference(self.snapshot, snapshot)
-        if changes is not None:
-            base = self.version
+        """Send a snapshot to all who subscribed, if it is news."""
+        if snapshot != self.snapshot:
             self.snapshot = snapshot
             self.version += 1
             for subscriber in list(self._acked):
-                # It has been sent that one: messages come in order, or not at all.
-                self._send(subscriber, changes, base)
+                self._send(subscriber)
 
     def subscribe(self, subscriber: Subscriber) -> None:
         """Add a worker or client and send it the newest snapshot."""
         self._acked[subscriber] = -1
-        self._send(subscriber, self.snapshot, None)
+        self._send(subscriber)
 
     def subscribe_local(self, local: LocalSubscriber) -> None:
         """Add the proxy in this process."""
@@ -147,18 +138,15 @@ class Publisher:
     def _behind(self, version: int) -> list[Subscriber]:
         return [s for s, acked in self._acked.items() if acked < version]
 
-    def _send(
-        self, subscriber: Subscriber, snapshot: dict[str, Any], base: int | None
-    ) -> None:
+    def _send(self, subscriber: Subscriber) -> None:
         if subscriber == LOCAL:
             if self._local is not None:
-                self._local.take_routes(self.version, snapshot, base)
+                self._local.take_routes(self.version, self.snapshot)
             return
         message = {
             "op": STREAM_ROUTES,
             "version": self.version,
-            "snapshot": snapshot,
-            "base": base,
+            "snapshot": self.snapshot,
         }
         self._send_message(subscriber, message)
 
