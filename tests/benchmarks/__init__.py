@@ -58,4 +58,10 @@ all raw figures, and is written whatever happens. ``--list`` prints the rows' na
     replica, beside a function, or for FastAPI the same app, on daskserve; where a
     system wants a POST, both get it. Systems that are missing are named and skipped.
     Ray's fast mode listens on all interfaces.
+
+Where a small request's time goes (EveryNode, a local replica, ten connections; about 40
+us, where plain uvicorn takes 30): the sockets 9, parsing and routing 8, the hand-over
+to the replica's thread and back 5, its task and the app 10, what the replica does
+around the app 5, writing the answer 3. From another process the hand-over is two more
+socket calls on each side, and msgpack, but both sides run at once.
 """
