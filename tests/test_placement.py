@@ -1,14 +1,17 @@
+import random
+from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
 from daskserve.controller.placement import (
     Occupancy,
+    Search,
     Unplaceable,
     WorkerView,
     fits,
     matches,
-    place,
 )
 
 
@@ -40,18 +43,22 @@ def choose(
     own: Mapping[str, int] | None = None,
     failures: Mapping[str, int] | None = None,
 ) -> str | Unplaceable:
-    own_hosts: dict[str, int] = {}
-    for v in views:
-        own_hosts[v.host] = own_hosts.get(v.host, 0) + (own or {}).get(v.address, 0)
-    return place(
+    return search(
+        *views,
         resources=resources or {},
         workers=workers,
-        views={v.address: v for v in views},
         occupancy=occupancy or Occupancy(),
         own=own or {},
-        own_hosts=own_hosts,
         failures=failures or {},
-    )
+    ).next()
+
+
+def search(*views: WorkerView, own: Mapping[str, int], **details: Any) -> Search:
+    own_hosts: Counter[str] = Counter()
+    for v in views:
+        own_hosts[v.host] += own.get(v.address, 0)
+    by_address = {v.address: v for v in views}
+    return Search(views=by_address, own=own, own_hosts=own_hosts, **details)
 
 
 def reason(found: str | Unplaceable) -> str:
@@ -88,7 +95,7 @@ def test_replicas_just_sent_take_a_thread_each() -> None:
     for _ in range(4):
         found = choose(a, b, occupancy=occupancy, own=own)
         assert isinstance(found, str)
-        occupancy.send(found, "f", {})
+        occupancy.send({a.address: a, b.address: b}[found], "f", {})
         own[found] = own.get(found, 0) + 1
         chosen.append(found)
     # The third finds a thread at b only, the fourth none, so that spreading counts.
@@ -205,3 +212,56 @@ def test_fits_once_something_is_given_back() -> None:
     occupancy = used((a, "f", {"GPU": 1}))
     assert not fits(a, {"GPU": 1}, occupancy, {})
     assert fits(a, {"GPU": 1}, occupancy, {"GPU": 1})
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_search_finds_what_a_look_at_all_workers_would(seed: int) -> None:
+    chance = random.Random(seed)
+
+    def random_view(number: int) -> WorkerView:
+        return view(
+            number,
+            host=chance.choice(["a", "b", f"c{number}"]),
+            free_threads=chance.randrange(4),
+            resources=chance.choice([{}, {"GPU": 2.0}]),
+            accepting=chance.random() < 0.9,
+        )
+
+    views = {v.address: v for v in map(random_view, range(12))}
+    occupancy = Occupancy()
+    for _ in range(10):
+        occupancy.add(chance.choice(list(views)), "other", {})
+    for name in ("f", "g"):  # the second finds the first one's replicas there
+        resources = chance.choice([{}, {"GPU": 1.0}])
+        own, own_hosts = Counter[str](), Counter[str]()
+        failures = {chance.choice(list(views)): 1}
+        looking = Search(
+            resources=resources,
+            workers=(),
+            views=views,
+            occupancy=occupancy,
+            own=own,
+            own_hosts=own_hosts,
+            failures=failures,
+        )
+        for _ in range(20):
+            ranks = [
+                (
+                    v.free_threads <= occupancy.sent[address],
+                    failures.get(address, 0),
+                    own_hosts[v.host],
+                    own[address],
+                    occupancy.load[address],
+                    address,
+                )
+                for address, v in views.items()
+                if v.accepting and fits(v, resources, occupancy, {})
+            ]
+            found = looking.next()
+            if isinstance(found, Unplaceable):
+                assert ranks == []
+                break
+            assert found == min(ranks)[-1]
+            occupancy.send(views[found], name, resources)
+            own[found] += 1
+            own_hosts[views[found].host] += 1

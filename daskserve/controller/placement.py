@@ -1,4 +1,4 @@
-"""Which worker gets the next replica: a plain function, no I/O, scheduler process.
+"""Which worker gets the next replica: plain values, no I/O, scheduler process.
 
 What Dask tells about the workers comes in (:class:`WorkerView`) with what our own
 replicas take there (:class:`Occupancy`); an address or a readable reason goes out.
@@ -8,14 +8,21 @@ actor that merely exists; the counting for replicas is therefore done here.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from heapq import heappop, heapreplace
 from operator import attrgetter
+from typing import TypeAlias
 
 # Resources are floats that users add up, as in three times 0.1 on a worker of 0.3.
 _EPSILON = 1e-9
 _MAX_LISTED = 5
+
+#: How a worker compares with others for a deployment's next replica, the lowest being
+#: the best; see `Search`.
+Rank: TypeAlias = tuple[bool, int, int, int, int, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +89,8 @@ class Occupancy:
     )
     #: Replicas sent since the views were taken; they will take a thread each.
     sent: Counter[str] = field(default_factory=Counter)
+    #: All workers in the order that holds where a deployment has nothing yet.
+    _ranks: list[Rank] | None = None
 
     def add(self, worker: str, name: str, resources: Mapping[str, float]) -> None:
         """Count a replica that is on a worker already.
@@ -100,20 +109,66 @@ class Occupancy:
             self.used[worker, resource] += amount
             self.holders[worker, resource].add(name)
 
-    def send(self, worker: str, name: str, resources: Mapping[str, float]) -> None:
+    def send(self, view: WorkerView, name: str, resources: Mapping[str, float]) -> None:
         """Count a replica that is being sent to a worker right now.
 
         Parameters
         ----------
-        worker
-            Address of the worker.
+        view
+            The worker.
         name
             Deployment of the replica.
         resources
             What the replica takes.
         """
-        self.add(worker, name, resources)
-        self.sent[worker] += 1
+        if self._ranks is not None:
+            del self._ranks[bisect_left(self._ranks, self.rank(view))]
+        self.add(view.address, name, resources)
+        self.sent[view.address] += 1
+        if self._ranks is not None:
+            insort(self._ranks, self.rank(view))
+
+    def rank(
+        self, view: WorkerView, failures: int = 0, own_host: int = 0, own: int = 0
+    ) -> Rank:
+        """Compare a worker with others, for a deployment's next replica.
+
+        Parameters
+        ----------
+        view
+            The worker.
+        failures
+            How often the deployment's constructor failed there.
+        own_host
+            Number of replicas of the deployment on its host.
+        own
+            Number of replicas of the deployment on the worker itself.
+
+        Returns
+        -------
+        tuple
+            The lower, the better.
+        """
+        address = view.address
+        busy = view.free_threads <= self.sent[address]
+        return busy, failures, own_host, own, self.load[address], address
+
+    def ranks(self, views: Mapping[str, WorkerView]) -> list[Rank]:
+        """Rank all workers as for a deployment that has nothing anywhere.
+
+        Parameters
+        ----------
+        views
+            The workers of the cluster by address; the same ones each time.
+
+        Returns
+        -------
+        list of tuple
+            In order; the caller's own.
+        """
+        if self._ranks is None:
+            self._ranks = sorted(self.rank(view) for view in views.values())
+        return self._ranks.copy()
 
     def free(self, view: WorkerView, resource: str) -> float:
         """How much of a resource our replicas leave on a worker.
@@ -134,17 +189,8 @@ class Occupancy:
         return view.resources.get(resource, 0.0) - used
 
 
-def place(
-    *,
-    resources: Mapping[str, float],
-    workers: tuple[str, ...],
-    views: Mapping[str, WorkerView],
-    occupancy: Occupancy,
-    own: Mapping[str, int],
-    own_hosts: Mapping[str, int],
-    failures: Mapping[str, int],
-) -> str | Unplaceable:
-    """Choose the worker for the next replica of a deployment.
+class Search:
+    """The search for workers for one deployment's replicas, one after the other.
 
     Of the workers that match and have room, the first in this order is taken:
 
@@ -160,41 +206,83 @@ def place(
     Parameters
     ----------
     resources
-        Amounts that the replica needs on one worker.
+        Amounts that each replica needs on one worker.
     workers
         Addresses, hosts or names that are allowed, as in Dask. Empty: all.
     views
         The workers of the cluster by address.
     occupancy
-        What all replicas take now.
+        What all replicas take.
     own
         Number of replicas of this deployment (and of its generation) per worker.
     own_hosts
         The same per host.
     failures
         How often the constructor failed per worker.
-
-    Returns
-    -------
-    str or Unplaceable
-        The worker's address, or the reason why there is none.
     """
 
-    def rank(view: WorkerView) -> tuple[bool, int, int, int, int, str]:
-        address = view.address
-        return (
-            view.free_threads <= occupancy.sent[address],
-            failures.get(address, 0),
-            own_hosts.get(view.host, 0),
-            own.get(address, 0),
-            occupancy.load[address],
-            address,
+    def __init__(
+        self,
+        *,
+        resources: Mapping[str, float],
+        workers: tuple[str, ...],
+        views: Mapping[str, WorkerView],
+        occupancy: Occupancy,
+        own: Mapping[str, int],
+        own_hosts: Mapping[str, int],
+        failures: Mapping[str, int],
+    ) -> None:
+        self._resources = resources
+        self._workers = workers
+        self._views = views
+        self._occupancy = occupancy
+        self._own = own
+        self._own_hosts = own_hosts
+        self._failures = failures
+        # Ranks only ever rise while replicas are placed, so each of these is at most
+        # what it would be if looked at again. Thus only what comes to the top of the
+        # heap needs a look, and not all workers for each replica.
+        self._heap = occupancy.ranks(views)
+
+    def next(self) -> str | Unplaceable:
+        """Choose the worker for the next replica.
+
+        What is placed there is to be counted, in `Occupancy.send` and the other counts,
+        before this is called again.
+
+        Returns
+        -------
+        str or Unplaceable
+            The worker's address, or the reason why there is none.
+        """
+        heap = self._heap
+        while heap:
+            view = self._views[heap[0][-1]]
+            if not self._has_room(view):
+                heappop(heap)
+                continue
+            rank = self._rank(view)
+            if rank == heap[0]:
+                return view.address
+            heapreplace(heap, rank)
+        return _why_nowhere(
+            self._resources, self._workers, self._views, self._occupancy
         )
 
-    found = _with_room(resources, workers, views, occupancy)
-    if isinstance(found, Unplaceable):
-        return found
-    return min(found, key=rank).address
+    def _has_room(self, view: WorkerView) -> bool:
+        return (
+            view.accepting
+            and matches(view, self._workers)
+            and fits(view, self._resources, self._occupancy, {})
+        )
+
+    def _rank(self, view: WorkerView) -> Rank:
+        return self._occupancy.rank(
+            view,
+            self._failures.get(view.address, 0),
+            self._own_hosts.get(view.host, 0),
+            self._own.get(view.address, 0),
+        )
 
 
 def matches(view: WorkerView, workers: tuple[str, ...]) -> bool:
@@ -249,12 +337,12 @@ def fits(
     )
 
 
-def _with_room(
+def _why_nowhere(
     resources: Mapping[str, float],
     workers: tuple[str, ...],
     views: Mapping[str, WorkerView],
     occupancy: Occupancy,
-) -> list[WorkerView] | Unplaceable:
+) -> Unplaceable:
     """Filter step by step, so that the reason names the step that left nothing."""
     if not views:
         return Unplaceable("no worker on the cluster")
@@ -269,8 +357,7 @@ def _with_room(
     if not accepting:
         known = _listed(v.address for v in _sorted(offering))
         return Unplaceable(f"paused or closing: {known}, and no other worker will do")
-    roomy = [v for v in accepting if fits(v, resources, occupancy, {})]
-    return roomy or _crowded(resources, accepting, occupancy)
+    return _crowded(resources, accepting, occupancy)
 
 
 def _offers(view: WorkerView, resources: Mapping[str, float]) -> bool:

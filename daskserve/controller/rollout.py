@@ -17,11 +17,11 @@ from daskserve.controller.deployment_state import ManagedDeployment
 from daskserve.controller.goals import count_failure, judge, waits_for
 from daskserve.controller.placement import (
     Occupancy,
+    Search,
     Unplaceable,
     WorkerView,
     fits,
     matches,
-    place,
 )
 from daskserve.controller.records import Goal, Replica, ReplicaState
 
@@ -234,16 +234,17 @@ def _place_pending(d: ManagedDeployment, goal: Goal, this: Pass) -> int:
     placed = [r for r in d.alive(goal) if r.worker]
     own = Counter(r.worker for r in placed)
     own_hosts = Counter(r.host for r in placed)
+    search = Search(
+        resources=goal.spec.resources,
+        workers=goal.spec.workers,
+        views=this.views,
+        occupancy=this.occupancy,
+        own=own,
+        own_hosts=own_hosts,
+        failures=goal.failed_on,
+    )
     for number, replica in enumerate(due):
-        found = place(
-            resources=goal.spec.resources,
-            workers=goal.spec.workers,
-            views=this.views,
-            occupancy=this.occupancy,
-            own=own,
-            own_hosts=own_hosts,
-            failures=goal.failed_on,
-        )
+        found = search.next()
         if isinstance(found, Unplaceable):
             # The others ask for the same, so they need not be tried.
             return _note_unplaceable(d, due[number:], found)
@@ -270,7 +271,7 @@ def _start(
     d: ManagedDeployment, goal: Goal, replica: Replica, view: WorkerView, this: Pass
 ) -> None:
     worker = view.address
-    this.occupancy.send(worker, d.name, goal.spec.resources)
+    this.occupancy.send(view, d.name, goal.spec.resources)
     replica.worker = worker
     replica.host = view.host
     replica.spec = goal.spec
@@ -298,7 +299,11 @@ def _make_room(d: ManagedDeployment, former: Goal, crowded: int, this: Pass) -> 
     old, new = d.running(former), d.running(d.target)
     if not new:
         return
-    useful = [r for r in d.alive(former) if _helps(d, former, r.worker, this)]
+    there = Counter(
+        r.worker for r in d.replicas.values() if r.generation == former.generation
+    )
+    helping = {w for w, n in there.items() if _helps(d, former, w, n, this)}
+    useful = [r for r in d.alive(former) if r.worker in helping]
     # These hold room and serve nobody yet.
     idle = [r for r in useful if r.state != ReplicaState.RUNNING]
     going = sum(
@@ -320,17 +325,15 @@ def _make_room(d: ManagedDeployment, former: Goal, crowded: int, this: Pass) -> 
         _stop_unwanted(d, d.upkeep(), this.now)
 
 
-def _helps(d: ManagedDeployment, former: Goal, worker: str, this: Pass) -> bool:
+def _helps(
+    d: ManagedDeployment, former: Goal, worker: str, there: int, this: Pass
+) -> bool:
     """Whether a new replica fits on a worker once the old ones there are gone."""
     view = this.views.get(worker)
     if view is None:
         # A pending one, that is.
         return False
     spec = d.target.spec
-    there = sum(
-        r.generation == former.generation and r.worker == worker
-        for r in d.replicas.values()
-    )
     given_back = {
         name: there * amount for name, amount in former.spec.resources.items()
     }
