@@ -194,14 +194,18 @@ class ClientSession(Session):
         dispatcher_ref = weakref.ref(dispatcher)
         client_ref = self._client
 
-        def take_routes(version: int, snapshot: dict[str, Any]) -> None:
+        def take_routes(
+            version: int, snapshot: dict[str, Any], base: int | None = None
+        ) -> None:
             dispatcher = dispatcher_ref()
             client = client_ref()
             if dispatcher is None or client is None:
                 return
 
             async def take() -> None:
-                dispatcher.update(version, snapshot)
+                if not dispatcher.update(version, snapshot, base):
+                    _loop(client).add_callback(self._subscribe)  # for a whole one
+                    return
                 await dispatcher.connected()
                 _loop(client).add_callback(
                     client._send_to_scheduler, {"op": STREAM_ACK, "version": version}

@@ -55,7 +55,6 @@ class ServeWorkerPlugin(WorkerPlugin):
         self._worker: Worker | None = None
         self._thread: LoopThread | None = None
         self._server: HTTPServer | None = None
-        self._snapshot: dict[str, Any] = {"routes": {}, "deployments": {}}
         self._channels: set[Any] = set()
         self._closed = False
 
@@ -115,13 +114,16 @@ class ServeWorkerPlugin(WorkerPlugin):
     # What the controller sends.
 
     @never_raises
-    def _take_routes(self, version: int, snapshot: dict[str, Any]) -> None:
+    def _take_routes(
+        self, version: int, snapshot: dict[str, Any], base: int | None = None
+    ) -> None:
         assert self._thread is not None and self.session is not None
         dispatcher = self.session.dispatcher
-        self._snapshot = snapshot
 
         async def take() -> None:
-            dispatcher.update(version, snapshot)
+            if not dispatcher.update(version, snapshot, base):
+                self._send({"op": STREAM_HELLO})  # a whole one comes in answer
+                return
             await dispatcher.connected()
             self._send({"op": STREAM_ACK, "version": version})
 
@@ -167,19 +169,23 @@ class ServeWorkerPlugin(WorkerPlugin):
             http_options = pickling.loads(options)
             assert isinstance(http_options, HTTPOptions)
             settings = self.session.settings
+            dispatcher = self.session.dispatcher
             server = HTTPServer(
-                self.session.dispatcher,
+                dispatcher,
                 http_options,
                 Windows(settings.proxy_buffer_bytes, settings.window_bytes),
                 f"worker {self._worker.address}",
             )
-            starting = server.start(
-                port=port,
-                share_port=share_port,
-                probe=probe,
-                routes=self._snapshot["routes"],
-            )
-            url = await asyncio.wrap_future(self._thread.submit(starting))
+
+            async def start() -> str:
+                return await server.start(
+                    port=port,
+                    share_port=share_port,
+                    probe=probe,
+                    routes=dispatcher.snapshot["routes"],
+                )
+
+            url = await asyncio.wrap_future(self._thread.submit(start()))
         except Exception as err:
             return {"error": str(err) or repr(err)}
         self._server = server

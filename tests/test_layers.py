@@ -56,6 +56,7 @@ PURE = [
     "transport.messages",
     "transport.outbox",
     "transport.router",
+    "transport.snapshots",
     "proxy.routes",
     "proxy.windows",
     "replica.places",

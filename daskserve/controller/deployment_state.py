@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from daskserve.controller.actions import (
     Action,
@@ -79,6 +80,8 @@ class ManagedDeployment:
     exposed: bool = False
     #: Nothing to do until an event comes or a worker leaves.
     at_rest: bool = False
+    #: What `reports` found for proxies and handles; holds while the deployment rests.
+    routing: dict[str, Any] | None = None
     #: Code and configurations are numbered together.
     last_generation: int = 1
 

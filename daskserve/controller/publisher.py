@@ -1,4 +1,7 @@
-"""Routes go down as numbered whole snapshots; who has which is known. Scheduler."""
+"""Routes go down as numbered snapshots; who has which is known. Scheduler.
+
+Who subscribes gets a whole one, and from then on what changes from each to the next.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from distributed import Scheduler
 
 from daskserve.controller.queues import QueueBoard
 from daskserve.transport.messages import STREAM_LOST, STREAM_QUEUED, STREAM_ROUTES
+from daskserve.transport.snapshots import difference
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +27,10 @@ LOCAL = "scheduler"
 class LocalSubscriber(Protocol):
     """The proxy in the scheduler's own process."""
 
-    def take_routes(self, version: int, snapshot: dict[str, Any]) -> None:
-        """Take a snapshot."""
+    def take_routes(
+        self, version: int, snapshot: dict[str, Any], base: int | None
+    ) -> None:
+        """Take a snapshot, or what changed since the one with the number `base`."""
 
     def worker_lost(self, address: str) -> None:
         """Note that a worker has gone."""
@@ -57,17 +63,20 @@ class Publisher:
         self.queues = QueueBoard()
 
     def publish(self, snapshot: dict[str, Any]) -> None:
-        """Send a snapshot to all who subscribed, if it is news."""
-        if snapshot != self.snapshot:
+        """Send what is new in a snapshot to all who subscribed, if anything is."""
+        changes = difference(self.snapshot, snapshot)
+        if changes is not None:
+            base = self.version
             self.snapshot = snapshot
             self.version += 1
             for subscriber in list(self._acked):
-                self._send(subscriber)
+                # It has been sent that one: messages come in order, or not at all.
+                self._send(subscriber, changes, base)
 
     def subscribe(self, subscriber: Subscriber) -> None:
         """Add a worker or client and send it the newest snapshot."""
         self._acked[subscriber] = -1
-        self._send(subscriber)
+        self._send(subscriber, self.snapshot, None)
 
     def subscribe_local(self, local: LocalSubscriber) -> None:
         """Add the proxy in this process."""
@@ -138,15 +147,18 @@ class Publisher:
     def _behind(self, version: int) -> list[Subscriber]:
         return [s for s, acked in self._acked.items() if acked < version]
 
-    def _send(self, subscriber: Subscriber) -> None:
+    def _send(
+        self, subscriber: Subscriber, snapshot: dict[str, Any], base: int | None
+    ) -> None:
         if subscriber == LOCAL:
             if self._local is not None:
-                self._local.take_routes(self.version, self.snapshot)
+                self._local.take_routes(self.version, snapshot, base)
             return
         message = {
             "op": STREAM_ROUTES,
             "version": self.version,
-            "snapshot": self.snapshot,
+            "snapshot": snapshot,
+            "base": base,
         }
         self._send_message(subscriber, message)
 

@@ -28,7 +28,9 @@ def routing_of(deployments: Iterable[ManagedDeployment]) -> dict[str, Any]:
         prefix = d.routed.spec.route_prefix
         if d.exposed and prefix is not None:
             routes[prefix] = d.name
-        entries[d.name] = _routing_entry(d)
+        if d.routing is None or not d.at_rest:
+            d.routing = _routing_entry(d)
+        entries[d.name] = d.routing
     return {"routes": dict(sorted(routes.items())), "deployments": entries}
 
 

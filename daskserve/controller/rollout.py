@@ -157,6 +157,7 @@ def advance(d: ManagedDeployment, this: Pass) -> None:
         if former is not None and crowded and goal is d.target:
             _make_room(d, former, crowded, this)
     d.at_rest = _is_in_order(d)
+    d.routing = None
 
 
 def _stop_unwanted(d: ManagedDeployment, goals: list[Goal], now: float) -> None:

@@ -12,7 +12,7 @@ import itertools
 import logging
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from daskserve.exceptions import (
@@ -33,6 +33,7 @@ from daskserve.transport.direct import DirectAddress, DirectChannel
 from daskserve.transport.messages import CANCEL, DECLINE, REFUSED, Message
 from daskserve.transport.queue_reports import QueueReports
 from daskserve.transport.router import Router, Slot
+from daskserve.transport.snapshots import follow
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +55,14 @@ _numbers = itertools.count()
 class Group:
     """One deployment as this process sees it."""
 
-    __slots__ = ("hopeless", "max_queued", "name", "router", "timeout_s", "timer",
-                 "waiting")  # fmt: skip
+    __slots__ = ("hopeless", "info", "max_queued", "name", "router", "timeout_s",
+                 "timer", "waiting")  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.router = Router()
+        #: Its part of the newest snapshot.
+        self.info: Mapping[str, Any] | None = None
         self.hopeless = False
         self.max_queued: int | None = None
         self.timeout_s: float | None = None
@@ -70,6 +73,7 @@ class Group:
 
     def update(self, info: Mapping[str, Any], local_address: str | None) -> None:
         """Take this deployment's part of a snapshot."""
+        self.info = info
         self.hopeless = info["hopeless"]
         self.max_queued, self.timeout_s = info["max_queued"], info["timeout_s"]
         self.router.update(
@@ -125,6 +129,7 @@ class Dispatcher:
         self.loop = loop
         #: Number of the newest snapshot; -1 before the first.
         self.version = -1
+        self.snapshot: Mapping[str, Any] = {"routes": {}, "deployments": {}}
         self.groups: dict[str, Group] = {}
         #: Called with every new snapshot, after it took effect.
         self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
@@ -135,6 +140,10 @@ class Dispatcher:
         if self._local is not None:
             self._local.on_room = self._has_room
         self._channels: dict[str, CommChannel] = {}
+        #: What saves looking at all replicas: which are where, but for local ones, and
+        #: of which deployment each is.
+        self._on_worker: dict[str, dict[int, Slot]] = {}
+        self._group_of: dict[int, Group] = {}
         self._context = context
         #: Direct connections, and the addresses of all there could be, by replica.
         self._direct: dict[int, DirectChannel] = {}
@@ -143,31 +152,78 @@ class Dispatcher:
         self._opened = asyncio.Event()
         self._closed = False
 
-    def update(self, version: int, snapshot: Mapping[str, Any]) -> None:
-        """Take a whole snapshot of the routing; an older one than ours is ignored."""
+    def update(
+        self, version: int, snapshot: Mapping[str, Any], base: int | None = None
+    ) -> bool:
+        """Take a snapshot of the routing; an older one than ours is ignored.
+
+        Parameters
+        ----------
+        version
+            Its number.
+        snapshot
+            A whole one, or what has changed since another one.
+        base
+            The number of that other one; None: it is a whole one.
+
+        Returns
+        -------
+        bool
+            False if that is not the one we have: a whole one is needed.
+        """
         if version <= self.version:
-            return
-        self.version = version
+            return True
+        if base is not None:
+            if base != self.version:
+                return False
+            snapshot = follow(self.snapshot, snapshot)
+        self.version, self.snapshot = version, snapshot
         deployments = snapshot["deployments"]
         for name in self.groups.keys() - deployments.keys():
             gone = DeploymentUnavailableError(f"Deployment {name!r} was deleted.")
             group = self.groups.pop(name)
+            self._note_places(group.router.slots, {}, group)
+            self._update_direct(group.info, None)
             group.router.update((), 1)
             self._fail_waiting(group, gone)
         for name, info in deployments.items():
             group = self.groups.get(name) or self.groups.setdefault(name, Group(name))
-            group.update(info, self._local_address)
-            unavailable = group.unavailable()
-            if unavailable is not None:
-                self._fail_waiting(group, unavailable)
-            for slot in group.router.slots.values():
-                slot.reachable = self._connected(slot)
-            self._hand_out(group)
-        self._update_direct(deployments)
+            if info is not group.info:
+                self._update_group(group, info)
         self._drop_idle_channels()
         for listener in self.listeners:
             listener(snapshot)
         self._first_snapshot.set()
+        return True
+
+    def _update_group(self, group: Group, info: Mapping[str, Any]) -> None:
+        former, slots = group.info, group.router.slots
+        group.update(info, self._local_address)
+        self._note_places(slots, group.router.slots, group)
+        unavailable = group.unavailable()
+        if unavailable is not None:
+            self._fail_waiting(group, unavailable)
+        for slot in group.router.slots.values():
+            slot.reachable = self._connected(slot)
+        self._update_direct(former, info)
+        self._hand_out(group)
+
+    def _note_places(
+        self, old: Mapping[int, Slot], new: Mapping[int, Slot], group: Group
+    ) -> None:
+        for replica_id in old.keys() - new.keys():
+            del self._group_of[replica_id]
+            slot = old[replica_id]
+            if not slot.local:
+                there = self._on_worker[slot.worker]
+                del there[replica_id]
+                if not there:
+                    del self._on_worker[slot.worker]
+        for replica_id in new.keys() - old.keys():
+            self._group_of[replica_id] = group
+            slot = new[replica_id]
+            if not slot.local:
+                self._on_worker.setdefault(slot.worker, {})[replica_id] = slot
 
     async def connected(self) -> None:
         """Wait until all replicas of the snapshot can be reached, for a moment.
@@ -176,7 +232,7 @@ class Dispatcher:
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CONNECTED_S):
-                while not all(slot.reachable for slot in self._remote_slots()):
+                while not all(map(self._has_channel, self._on_worker)):
                     self._opened.clear()
                     await self._opened.wait()
 
@@ -248,7 +304,9 @@ class Dispatcher:
         waiter: asyncio.Future[Slot] = self.loop.create_future()
         call.waiter = waiter
         group.enqueue(call)
-        self._look_again(group, self.loop.time())
+        # Who waits already has looked, after the last one that was refused.
+        if call.refused or len(group.waiting) == 1:
+            self._look_again(group, self.loop.time())
         self.queues.changed()
         try:
             return await waiter
@@ -256,10 +314,11 @@ class Dispatcher:
             # Cancelled in the same turn of the loop in which the place was handed out.
             if not waiter.cancelled() and waiter.exception() is None:
                 self.release(group, waiter.result())
-            raise
-        finally:
+            # Those who were given a place have been taken out.
             with contextlib.suppress(ValueError):
                 group.waiting.remove(call)
+            raise
+        finally:
             call.waiter = None
 
     def release(self, group: Group, slot: Slot) -> None:
@@ -300,6 +359,10 @@ class Dispatcher:
             return False
         return channel.is_open
 
+    def _has_channel(self, address: str) -> bool:
+        channel = self._channels.get(address)
+        return channel is not None and channel.is_open
+
     def _open(self, address: str) -> None:
         if not self._closed and address not in self._channels:
             channel = self._channels[address] = CommChannel(
@@ -308,9 +371,8 @@ class Dispatcher:
             channel.on_room = self._has_room
 
     def _channel_opened(self, channel: CommChannel) -> None:
-        self._set_reachable(channel.address, True)
         self._opened.set()
-        for group in self.groups.values():
+        for group in self._set_reachable(channel.address, True):
             self._hand_out(group)
 
     def _channel_closed(self, channel: CommChannel) -> None:
@@ -321,19 +383,29 @@ class Dispatcher:
             # If replicas are still said to be there, the network had a moment.
             self.loop.call_later(RECONNECT_S, self._reopen, address)
 
-    def _update_direct(self, deployments: Mapping[str, Any]) -> None:
+    def _update_direct(
+        self, old: Mapping[str, Any] | None, new: Mapping[str, Any] | None
+    ) -> None:
         """Begin connections to the ports of new replicas; end those of old ones."""
-        self._direct_addresses = {
+        former, present = self._direct_replicas(old), self._direct_replicas(new)
+        self._direct_addresses.update(present)
+        for replica_id in present.keys() - self._direct.keys():
+            self._open_direct(replica_id)
+        for replica_id in former.keys() - present.keys():
+            self._direct_addresses.pop(replica_id, None)
+            channel = self._direct.get(replica_id)
+            # Else its end is the replica's to say.
+            if channel is not None and channel.idle:
+                channel.close("the replica is not there any more")
+
+    def _direct_replicas(
+        self, info: Mapping[str, Any] | None
+    ) -> dict[int, tuple[str, DirectAddress]]:
+        return {
             replica_id: (worker, DirectAddress(*direct))
-            for info in deployments.values()
-            for replica_id, _, worker, direct in info["replicas"]
+            for replica_id, _, worker, direct in (info["replicas"] if info else ())
             if direct is not None and worker != self._local_address
         }
-        for replica_id in self._direct_addresses.keys() - self._direct.keys():
-            self._open_direct(replica_id)
-        for replica_id in self._direct.keys() - self._direct_addresses.keys():
-            if self._direct[replica_id].idle:  # else its end is the replica's to say
-                self._direct[replica_id].close("the replica is not there any more")
 
     def _open_direct(self, replica_id: int) -> None:
         found = self._direct_addresses.get(replica_id)
@@ -355,37 +427,32 @@ class Dispatcher:
 
     def _doubt(self, replica_id: int, worker: str) -> None:
         """Send nothing to a replica whose connection broke, until more is known."""
-        for group in self.groups.values():
-            slot = group.router.slots.get(replica_id)
-            if slot is not None:
-                slot.reachable = False
-                self.loop.call_later(RECONNECT_S, self._believe, slot, group)
+        group = self._group_of.get(replica_id)
+        if group is not None:
+            slot = group.router.slots[replica_id]
+            slot.reachable = False
+            self.loop.call_later(RECONNECT_S, self._believe, slot, group)
 
     def _believe(self, slot: Slot, group: Group) -> None:
         slot.reachable = self._connected(slot)
         self._hand_out(group)
 
     def _reopen(self, address: str) -> None:
-        if any(slot.worker == address for slot in self._remote_slots()):
+        if address in self._on_worker:
             self._open(address)
 
-    def _set_reachable(self, address: str, reachable: bool) -> None:
-        for slot in self._remote_slots():
-            if slot.worker == address:
-                slot.reachable = reachable
-
-    def _remote_slots(self) -> Iterator[Slot]:
-        for group in self.groups.values():
-            for slot in group.router.slots.values():
-                if not slot.local:
-                    yield slot
+    def _set_reachable(self, address: str, reachable: bool) -> set[Group]:
+        """Note it for all replicas on a worker; return their deployments."""
+        there = self._on_worker.get(address, {})
+        for slot in there.values():
+            slot.reachable = reachable
+        return {self._group_of[replica_id] for replica_id in there}
 
     def _drop_idle_channels(self) -> None:
-        wanted = {slot.worker for slot in self._remote_slots()}
-        for address, channel in list(self._channels.items()):
+        for address in self._channels.keys() - self._on_worker.keys():
             # A draining replica's requests may still be on their way.
-            if address not in wanted and channel.idle:
-                channel.close("no replica is there any more")
+            if self._channels[address].idle:
+                self._channels[address].close("no replica is there any more")
 
     def _hand_out(self, group: Group) -> None:
         now = self.loop.time()
@@ -407,9 +474,11 @@ class Dispatcher:
 
         It tells when it has room, but for who comes from nowhere to a full one.
         """
+        if group.timer is not None:
+            return
         pauses = [s.full_until for s in group.router.slots.values()]
         ends = [end for end in pauses if end > now]
-        if ends and group.timer is None:
+        if ends:
             group.timer = self.loop.call_at(min(ends) + 0.001, self._pause_over, group)
 
     def _pause_over(self, group: Group) -> None:
@@ -418,17 +487,20 @@ class Dispatcher:
 
     def _has_room(self, replica_id: int) -> None:
         """Note that a replica keeps a place for this process, for a moment."""
-        for group in self.groups.values():
-            slot = group.router.slots.get(replica_id)
-            if slot is None or not slot.reachable:
-                continue
-            # One: for a second there may be no room.
-            waiter = next((c.waiter for c in group.waiting if _is_open(c.waiter)), None)
-            if waiter is not None:
-                slot.in_flight += 1
-                waiter.set_result(slot)
-            else:
-                self.channel(slot).send((DECLINE, 0, replica_id))
+        group = self._group_of.get(replica_id)
+        if group is None:
+            return
+        slot = group.router.slots[replica_id]
+        if not slot.reachable:
+            return
+        # One: for a second there may be no room.
+        call = next((c for c in group.waiting if _is_open(c.waiter)), None)
+        if call is not None and call.waiter is not None:
+            group.waiting.remove(call)
+            slot.in_flight += 1
+            call.waiter.set_result(slot)
+        else:
+            self.channel(slot).send((DECLINE, 0, replica_id))
 
     def _fail_waiting(self, group: Group, failure: Exception) -> None:
         while group.waiting:

@@ -109,7 +109,9 @@ MAX_CHUNK_BYTES: Final = 256 * 1024
 OP_CHANNEL: Final = "serve_channel"  # caller -> worker: this comm is a channel now
 OP_BIND: Final = "serve_bind"  # scheduler -> worker: start an HTTP server
 OP_UNBIND: Final = "serve_unbind"  # scheduler -> worker: stop it
-STREAM_ROUTES: Final = "serve-routes"  # scheduler -> worker or client: snapshot
+STREAM_ROUTES: Final = (
+    "serve-routes"  # scheduler -> worker or client: snapshot, or changes
+)
 STREAM_LOST: Final = "serve-lost"  # scheduler -> worker or client: a worker has gone
 STREAM_COMMAND: Final = "serve-command"  # scheduler -> worker: to one replica
 STREAM_ACK: Final = "serve-ack"  # worker or client -> scheduler: snapshot applied
