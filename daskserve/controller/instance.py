@@ -149,7 +149,10 @@ class Instance:
                     "state": record.state,
                     "reason": record.reason,
                 }
-                for record in self.proxies.records.values()
+                # In the order of the URLs.
+                for record in sorted(
+                    self.proxies.records.values(), key=lambda r: (r.url or "", r.worker)
+                )
             ],
             "deployments": self._state.status(now=time.monotonic()),
         }
