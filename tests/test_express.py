@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -16,7 +17,7 @@ from starlette.responses import Response, StreamingResponse
 
 from daskserve.proxy import express
 from tests.inside import idle_inside, wait_for_idle
-from tests.test_http import Site, open_site
+from tests.test_http import Site, connect, open_site, send_request
 from tests.utils import poll
 
 
@@ -34,6 +35,7 @@ async def wait(request: Request) -> str:
 async def answer(request: Request) -> Response:
     kind = request.query_params["kind"]
     if kind == "stream":
+        await asyncio.sleep(float(request.query_params.get("s", 0)))
         return StreamingResponse(iter(["a", "b"]))
     if kind == "large":
         return Response(b"x" * 1_000_000)
@@ -60,13 +62,10 @@ def ways(site: Site) -> tuple[int, int]:
     return sum(quick for quick, _ in both), sum(ordinary for _, ordinary in both)
 
 
-def get(url: str, more: str = "") -> socket.socket:
-    """Send a request and leave its answer unread."""
-    host, port = url.split("/")[2].split(":")
-    path = "/" + url.split("/", 3)[3]
-    sock = socket.create_connection((host, int(port)), timeout=10)
-    sock.sendall(f"GET {path} HTTP/1.1\r\nhost: x\r\n{more}\r\n".encode())
-    return sock
+def answered(socks: list[socket.socket]) -> None:
+    for sock in socks:
+        read_until(sock, b"done")
+        sock.close()
 
 
 def read_until(sock: socket.socket, what: bytes, times: int = 1) -> bytes:
@@ -80,11 +79,9 @@ def read_until(sock: socket.socket, what: bytes, times: int = 1) -> bytes:
 def test_requests_that_wait_have_no_task(site: Site) -> None:
     idle = idle_inside(site)
     url = site.at(site.deploy(wait)) + "?s=1"
-    socks = [get(url) for _ in range(5)]
+    socks = [send_request(url) for _ in range(5)]
     poll(lambda: ways(site) == (5, 0), 5)
-    for sock in socks:
-        read_until(sock, b"done")
-        sock.close()
+    answered(socks)
     site.clean()
     wait_for_idle(site, idle)
 
@@ -117,11 +114,9 @@ def test_what_is_not_simple_goes_the_ordinary_way(site: Site) -> None:
 def test_a_full_replica_sends_requests_to_the_queue(site: Site) -> None:
     idle = idle_inside(site)
     url = site.at(site.deploy(wait, max_ongoing_requests=2)) + "?s=0.5"
-    socks = [get(url) for _ in range(6)]
+    socks = [send_request(url) for _ in range(6)]
     poll(lambda: ways(site) == (2, 4), 5)
-    for sock in socks:
-        read_until(sock, b"done")
-        sock.close()
+    answered(socks)
     site.clean()
     wait_for_idle(site, idle)
 
@@ -129,7 +124,7 @@ def test_a_full_replica_sends_requests_to_the_queue(site: Site) -> None:
 def test_a_client_that_leaves_ends_its_request(site: Site) -> None:
     idle = idle_inside(site)
     url = site.at(site.deploy(wait)) + "?s=60"
-    socks = [get(url) for _ in range(3)]
+    socks = [send_request(url) for _ in range(3)]
     poll(lambda: ways(site) == (3, 0), 5)
     for sock in socks:
         sock.close()
@@ -151,7 +146,7 @@ def test_timeouts_are_kept(site: Site, exact: bool) -> None:
         before = site.client.run(_set_exact_timeout, 0)
     try:
         began = time.monotonic()
-        with get(url, "x-request-timeout-seconds: 0.4\r\n") as sock:
+        with send_request(url, headers="x-request-timeout-seconds: 0.4\r\n") as sock:
             assert sock.recv(1000).startswith(b"HTTP/1.1 504 ")
         assert 0.4 <= time.monotonic() - began < 3
     finally:
@@ -162,9 +157,8 @@ def test_timeouts_are_kept(site: Site, exact: bool) -> None:
 
 def test_pipelined_requests_are_answered_in_turn(site: Site) -> None:
     url = site.at(site.deploy(wait))
-    host, port = url.split("/")[2].split(":")
-    path = "/" + url.split("/", 3)[3]
-    with socket.create_connection((host, int(port)), timeout=10) as sock:
+    path = urlsplit(url).path
+    with connect(url) as sock:
         lines = [
             f"GET {path}?s={s} HTTP/1.1\r\nhost: x\r\nx-request-id: r{s}\r\n\r\n"
             for s in (0.3, 0, 0.1)
@@ -173,4 +167,20 @@ def test_pipelined_requests_are_answered_in_turn(site: Site) -> None:
         got = read_until(sock, b"done", 3)
     order = [got.index(f"x-request-id: r{s}".encode()) for s in (0.3, 0, 0.1)]
     assert order == sorted(order)
+    site.clean()
+
+
+def test_a_body_behind_a_request_that_is_taken_over(site: Site) -> None:
+    """It belongs to the second one, though the first left the quick way meanwhile."""
+    url = site.at(site.deploy(answer))
+    path, body = urlsplit(url).path, b"0123456789" * 10
+    with connect(url) as sock:
+        sock.sendall(
+            b"GET %s?kind=stream&s=0.4 HTTP/1.1\r\nhost: x\r\n\r\n"
+            b"POST %s?kind=body HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n%s"
+            % (path.encode(), path.encode(), body[:30])
+        )
+        read_until(sock, b"0\r\n\r\n")
+        sock.sendall(body[30:])
+        read_until(sock, body)
     site.clean()

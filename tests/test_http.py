@@ -251,8 +251,8 @@ def send_request(
 ) -> socket.socket:
     """Send a request on a connection of its own; return the connection."""
     sock = connect(url)
-    path = urlsplit(url).path
-    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\n{headers}\r\n"
+    target = urlsplit(url)._replace(scheme="", netloc="").geturl()
+    head = f"{method} {target} HTTP/1.1\r\nHost: x\r\n{headers}\r\n"
     sock.sendall(head.encode() + body)
     return sock
 

@@ -50,6 +50,21 @@ def test_what_comes_late_is_no_request(start: Callable[..., Site]) -> None:
         assert b"success" not in read_all(sock)
 
 
+def test_a_first_request_that_is_refused_may_be_sent_to_its_end(
+    start: Callable[..., Site],
+) -> None:
+    """Longer than a connection may be idle, which it is not."""
+    site = start(keep_alive_timeout_s=0.2)
+    with connect(site.url) as sock:
+        sock.sendall(
+            b"PUT / HTTP/1.1\r\nhost: x\r\nhost: y\r\ncontent-length: 999\r\n\r\n"
+        )
+        for _ in range(15):
+            sock.sendall(b"x" * 10)
+            time.sleep(0.1)
+        assert read_all(sock).startswith(b"HTTP/1.1 400 ")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
 def test_who_sends_for_ever_is_cut(

@@ -72,14 +72,12 @@ class HeadProxy:
         self._server = server
         return {"url": url, "port": server.port}
 
-    def take_routes(
-        self, version: int, snapshot: dict[str, Any], base: int | None
-    ) -> None:
-        """Pass a snapshot, or what changed, on to the server's thread."""
+    def take_routes(self, version: int, snapshot: dict[str, Any]) -> None:
+        """Pass a snapshot on to the server's thread."""
         loop = asyncio.get_running_loop()
 
         async def take() -> None:
-            self._dispatcher.update(version, snapshot, base)
+            self._dispatcher.update(version, snapshot)
             await self._dispatcher.connected()
             loop.call_soon_threadsafe(self._on_ack, version)
 

@@ -27,10 +27,8 @@ LOCAL = "scheduler"
 class LocalSubscriber(Protocol):
     """The proxy in the scheduler's own process."""
 
-    def take_routes(
-        self, version: int, snapshot: dict[str, Any], base: int | None
-    ) -> None:
-        """Take a snapshot, or what changed since the one with the number `base`."""
+    def take_routes(self, version: int, snapshot: dict[str, Any]) -> None:
+        """Take a whole snapshot; in one process it costs nothing."""
 
     def worker_lost(self, address: str) -> None:
         """Note that a worker has gone."""
@@ -152,7 +150,7 @@ class Publisher:
     ) -> None:
         if subscriber == LOCAL:
             if self._local is not None:
-                self._local.take_routes(self.version, snapshot, base)
+                self._local.take_routes(self.version, self.snapshot)
             return
         message = {
             "op": STREAM_ROUTES,

@@ -44,6 +44,7 @@ class Express:
     def __init__(
         self, forwarded: ForwardedHeaders, front: Front, forwarder: Forwarder
     ) -> None:
+        #: The ordinary way of a request that was looked at here.
         self.front: ASGIApp = front
         self.forwarder = forwarder
         self.running: set[ExpressRequest] = set()
@@ -54,15 +55,8 @@ class Express:
 
     def begin(
         self, connection: Any, scope: Any, body: bytes, keep_alive: bool
-    ) -> tuple[ASGIApp, ExpressRequest | None]:
-        """Forward a request that has come whole.
-
-        Returns
-        -------
-        tuple
-            The app to run for it if it has to go the ordinary way, and the request if
-            it goes the quick one.
-        """
+    ) -> ExpressRequest | None:
+        """Forward a request that has come whole; None if `front` is to run for it."""
         self._forwarded.apply(scope)
         info = scope[SCOPE_KEY] = RequestInfo(scope)
         if (
@@ -70,14 +64,14 @@ class Express:
             or not self._authorized(scope, info)
             or self.forwarder.too_large(len(body))
         ):
-            return self.front, None
+            return None
         forwarding = info.forwarding = self.forwarder.prepare(scope, info)
         if forwarding is None:
-            return self.front, None
+            return None
         forwarding.body = body
         request = ExpressRequest(self, connection, scope, forwarding, keep_alive)
         if not forwarding.call.begin_now(forwarding.make, request.news):
-            return self.front, None
+            return None
         self.running.add(request)
         connection.on_lost = request.lost
         if forwarding.deadline is not None:
@@ -85,7 +79,7 @@ class Express:
                 request.timer = connection.loop.call_at(
                     forwarding.deadline, request.time_up
                 )
-        return self.front, request
+        return request
 
     def sweep(self, now: float) -> None:
         """End what has waited for its replica for too long."""
@@ -158,9 +152,7 @@ class ExpressRequest:
                 return None
         self._leave()
         call.stop_listening()
-        connection.begin(
-            self._express.front, self._scope, self.forwarding.body, self.keep_alive
-        )
+        connection.take_over(self, self._scope, self.forwarding.body)
         return None
 
     def lost(self) -> None:

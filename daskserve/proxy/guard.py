@@ -95,7 +95,8 @@ class GuardedProtocol(HttpProtocol):
         #: Since when a request's head is awaited; None if its first byte is, which
         #: is what the time for keeping a connection alive is about.
         self._head_since: float | None = None
-        self._idle_since = 0.0
+        #: Since when the next request is awaited.
+        self._idle_since = self.loop.time()
         #: No less than the size of the head until now.
         self._head_bytes = 0
         self._last_data = b""
@@ -227,9 +228,7 @@ class GuardedProtocol(HttpProtocol):
         if since is not None and not responding:
             if now - since > guard.header_timeout_s:
                 self._refuse(HTTPStatus.REQUEST_TIMEOUT)
-        elif (
-            not responding and now - self._idle_since > self._guard.keep_alive_timeout_s
-        ):
+        elif self in guard.idle and now - self._idle_since > guard.keep_alive_timeout_s:
             self.transport.close()
         elif not responding and self._unsent is None:
             # After its end a response can wait below the mark that pauses writing.
@@ -259,6 +258,7 @@ class GuardedProtocol(HttpProtocol):
         """
         if self._linger_until is None:
             self._linger_until = self.loop.time() + LINGER_S
+            self._guard.idle.pop(self, None)
             if self.transport.can_write_eof():  # not with TLS
                 self.transport.write_eof()
             self.flow.resume_reading()
@@ -334,27 +334,27 @@ class _AfterUpgrade:
     """What a parser tells a connection, but for a first head that we wrote."""
 
     def __init__(self, connection: GuardedProtocol) -> None:
-        self._connection: GuardedProtocol | None = None
-        self._later = connection
+        self._connection = connection
+        self._ours = True
         self.on_body = connection.on_body
         self.on_message_complete = connection.on_message_complete
 
     def on_message_begin(self) -> None:
-        if self._connection is not None:
+        if not self._ours:
             self._connection.on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        if self._connection is not None:
+        if not self._ours:
             self._connection.on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._connection is not None:
+        if not self._ours:
             self._connection.on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        if self._connection is not None:
+        if not self._ours:
             self._connection.on_headers_complete()
-        self._connection = self._later
+        self._ours = False
 
 
 class _GentlyClosed:

@@ -18,13 +18,12 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
-from daskserve.proxy.express import Express
+from daskserve.proxy.express import Express, ExpressRequest
+from daskserve.proxy.forwarder import EAGER_BODY_BYTES
 from daskserve.proxy.request import CONNECTION_KEY
 
 #: As uvicorn's.
 ASGI_VERSIONS = {"version": "3.0", "spec_version": "2.3"}
-#: A body up to this size is awaited before its request takes the quick way.
-WHOLE_BYTES = 64 * 1024
 #: Pauses in reading that are shorter are not watched: most of them are.
 UNWATCHED_PAUSE_S = 0.5
 
@@ -117,7 +116,7 @@ class HttpProtocol(HttpToolsProtocol):
         if not self._pending:
             return super().on_body(body)
         self._body += body
-        if len(self._body) > WHOLE_BYTES:
+        if len(self._body) > EAGER_BODY_BYTES:
             self._begin_ordinarily(more_body=True)
 
     def on_message_complete(self) -> None:
@@ -127,36 +126,40 @@ class HttpProtocol(HttpToolsProtocol):
         if self.express is None or self.expect_100_continue:
             return self._begin_ordinarily(more_body=False)
         self._pending = False
-        scope, body, keep_alive = self.scope, self._body, self._keep_alive
-        app, request = self.express.begin(self, scope, body, keep_alive)
+        request = self.express.begin(self, self.scope, self._body, self._keep_alive)
         if request is not None:
             self.cycle = request  # type: ignore[assignment]
         else:
-            self.begin(app, scope, body, keep_alive)
+            self._begin(self.express.front, more_body=False)
 
     # Parts.
 
-    def begin(
-        self,
-        app: Any,
-        scope: Any,
-        body: bytes,
-        keep_alive: bool,
-        *,
-        more_body: bool = False,
+    def take_over(self, request: ExpressRequest, scope: Any, body: bytes) -> None:
+        """Go on with a request that the quick way has begun, in a task of its own."""
+        cycle = self._new_cycle(scope, request.keep_alive)
+        cycle.waiting_for_100_continue = False  # that may be about one behind it
+        newest: Any = self.cycle
+        if newest is request:  # else another one was sent behind it
+            self.cycle = cycle
+        assert self.express is not None
+        self._start(cycle, self.express.front, body, more_body=False)
+
+    def _begin_ordinarily(self, more_body: bool) -> None:
+        self._pending = False
+        self._begin(self.app, more_body)
+
+    def _begin(self, app: Any, more_body: bool) -> None:
+        self.cycle = self._new_cycle(self.scope, self._keep_alive)
+        self._start(self.cycle, app, self._body, more_body)
+
+    def _start(
+        self, cycle: RequestResponseCycle, app: Any, body: bytes, more_body: bool
     ) -> None:
-        """Run `app` for a request, in a task of its own."""
-        cycle = self.cycle = self._new_cycle(scope, keep_alive)
         cycle.body.extend(body)
         cycle.more_body = more_body
         if body or not more_body:
             cycle.message_event.set()
         self._start_asgi_task(cycle, app)
-
-    def _begin_ordinarily(self, more_body: bool) -> None:
-        self._pending = False
-        scope, body, keep_alive = self.scope, self._body, self._keep_alive
-        self.begin(self.app, scope, body, keep_alive, more_body=more_body)
 
     def _new_cycle(self, scope: Any, keep_alive: bool) -> RequestResponseCycle:
         return RequestResponseCycle(

@@ -127,22 +127,11 @@ class HttpExchange:
 
     def scope(self, state: dict[str, Any] | None) -> Scope:
         """Return the ASGI connection scope, with a copy of the lifespan's `state`."""
-        head = self.head
-        return {
-            "type": "http",
-            "asgi": ASGI_VERSIONS,
-            "http_version": head.http_version,
-            "method": head.method,
-            "scheme": head.scheme,
-            "path": head.path,
-            "raw_path": head.raw_path,
-            "query_string": head.query_string,
-            "root_path": head.root_path,
-            "headers": list(head.headers),
-            "client": head.client,
-            "server": head.server,
-            "state": {} if state is None else state.copy(),
-        }
+        scope = self.head.scope(state)
+        scope["type"] = "http"
+        scope["asgi"] = ASGI_VERSIONS
+        scope["method"] = self.head.method
+        return scope
 
     # What comes from the caller.
 

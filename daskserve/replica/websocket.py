@@ -65,23 +65,12 @@ class WebSocketExchange:
 
     def scope(self, state: dict[str, Any] | None) -> Scope:
         """Return the ASGI connection scope, with a copy of the lifespan's `state`."""
-        head = self.head
-        return {
-            "type": "websocket",
-            "asgi": ASGI_VERSIONS,
-            "http_version": head.http_version,
-            "scheme": head.scheme,
-            "path": head.path,
-            "raw_path": head.raw_path,
-            "query_string": head.query_string,
-            "root_path": head.root_path,
-            "headers": list(head.headers),
-            "client": head.client,
-            "server": head.server,
-            "subprotocols": list(self._subprotocols),
-            "state": {} if state is None else state.copy(),
-            "extensions": {"websocket.http.response": {}},
-        }
+        scope = self.head.scope(state)
+        scope["type"] = "websocket"
+        scope["asgi"] = ASGI_VERSIONS
+        scope["subprotocols"] = list(self._subprotocols)
+        scope["extensions"] = {"websocket.http.response": {}}
+        return scope
 
     # What comes from the caller.
 

@@ -340,6 +340,7 @@ class LocalChannel(Channel):
     def close(self, reason: str) -> None:
         """Fail the exchanges that are open with `reason`."""
         self._fail_all(reason)
+        self._unsent.clear()
         for inbox in list(self._inboxes.values()):
             inbox.forget(self._reply_to)
 

@@ -27,7 +27,7 @@ import msgpack
 
 from daskserve.transport.channel import Channel, Exchange, Inbox
 from daskserve.transport.messages import GOODBYE, WELCOME, Message
-from daskserve.transport.outbox import BULK_BYTES, Outbox
+from daskserve.transport.outbox import BULK_BYTES, Outbox, data_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -150,13 +150,13 @@ class _Pipe(asyncio.Protocol):
             return
         try:
             while self._outbox and not self._paused:
-                small: list[bytes] = []
+                parts: list[bytes] = []
                 for message in self._outbox.take():
-                    if _is_bulk(message):
-                        small.extend(self._pack_bulk(message))
+                    if data_bytes(message) >= BULK_BYTES:
+                        parts.extend(self._pack_bulk(message))
                     else:
-                        small.append(self._packer.pack(message))
-                transport.writelines(small)
+                        parts.append(self._packer.pack(message))
+                transport.writelines(parts)
         except Exception:
             # Better that all on this channel fails than that it is never answered.
             logger.exception("a channel cannot send")
@@ -172,10 +172,6 @@ class _Pipe(asyncio.Protocol):
                 yield field
             else:
                 yield pack(field)
-
-
-def _is_bulk(message: Message) -> bool:
-    return any(type(field) is bytes and len(field) >= BULK_BYTES for field in message)
 
 
 class DirectListener:

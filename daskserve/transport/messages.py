@@ -43,6 +43,7 @@ These belong to no exchange, and have a 0 for its id:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, TypeAlias
 
 Message: TypeAlias = tuple[Any, ...]
@@ -93,6 +94,21 @@ class Head(NamedTuple):
     #: How much of the response the caller will hold.
     window_bytes: int
 
+    def scope(self, state: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return what ASGI scopes of both kinds have; with a copy of `state`."""
+        return {
+            "http_version": self.http_version,
+            "scheme": self.scheme,
+            "path": self.path,
+            "raw_path": self.raw_path,
+            "query_string": self.query_string,
+            "root_path": self.root_path,
+            "headers": list(self.headers),
+            "client": self.client,
+            "server": self.server,
+            "state": {} if state is None else dict(state),
+        }
+
 
 # Kinds of `ERROR`.
 USER_ERROR: Final = "user"  # user code raised
@@ -109,9 +125,7 @@ MAX_CHUNK_BYTES: Final = 256 * 1024
 OP_CHANNEL: Final = "serve_channel"  # caller -> worker: this comm is a channel now
 OP_BIND: Final = "serve_bind"  # scheduler -> worker: start an HTTP server
 OP_UNBIND: Final = "serve_unbind"  # scheduler -> worker: stop it
-STREAM_ROUTES: Final = (
-    "serve-routes"  # scheduler -> worker or client: snapshot, or changes
-)
+STREAM_ROUTES: Final = "serve-routes"  # scheduler -> worker or client: what changed
 STREAM_LOST: Final = "serve-lost"  # scheduler -> worker or client: a worker has gone
 STREAM_COMMAND: Final = "serve-command"  # scheduler -> worker: to one replica
 STREAM_ACK: Final = "serve-ack"  # worker or client -> scheduler: snapshot applied
