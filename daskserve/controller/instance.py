@@ -230,11 +230,15 @@ class Instance:
     async def _run(self) -> None:
         while not self._closed:
             self._wake.clear()
+            began = time.monotonic()
             try:
                 self._step()
             except Exception:
                 # Whatever it was, the next look starts from the facts again.
                 logger.exception("The controller's step failed")
+            # A step looks at everything: on a big cluster, one for each of a thousand
+            # replicas that start would leave the scheduler no time for anything else.
+            await asyncio.sleep(time.monotonic() - began)
             try:
                 async with asyncio.timeout(self._settings.tick_s):
                     await self._wake.wait()

@@ -1,0 +1,27 @@
+"""No cost grows faster than the cluster; the figures are in `benchmarks.growth`."""
+
+from __future__ import annotations
+
+from tests.benchmarks.growth import measure, spread
+
+#: In place of 4, for noise; what grows with the square comes to 16.
+LIMIT = 8
+
+
+def test_costs_are_linear() -> None:
+    small, large = measure(40, runs=5), measure(160, runs=5)
+    ratios = {name: large[name] / small[name] for name in small}
+    assert {name: ratio for name, ratio in ratios.items() if ratio > LIMIT} == {}
+    assert ratios["bytes: change of one replica"] == 1
+
+
+def test_a_change_is_small() -> None:
+    costs = measure(40)
+    assert costs["bytes: change of one replica"] < 200
+    assert costs["bytes: whole snapshot"] > 100 * costs["bytes: change of one replica"]
+
+
+def test_load_is_spread_better_than_by_chance() -> None:
+    assert spread(1) < 0.5 * spread(1, by_chance=True)
+    assert spread(10) < 0.8 * spread(10, by_chance=True)
+    assert spread(100) < 1.2 * spread(100, by_chance=True)
