@@ -178,6 +178,7 @@ class ServeWorkerPlugin(WorkerPlugin):
             )
 
             async def start() -> str:
+                dispatcher.connect_ahead()
                 return await server.start(
                     port=port,
                     share_port=share_port,

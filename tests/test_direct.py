@@ -220,6 +220,7 @@ def dispatching(
         news = snapshot((1, place))
         news["deployments"]["D"]["replicas"][0][3] = address.to_message()
         made.update(1, news)
+        made.connect_ahead()
         await made.connected()
         await test(made, replica, place)
         await made.close()

@@ -147,6 +147,45 @@ def test_many_calls_share_one_connection() -> None:
     run(test)
 
 
+def test_connections_are_made_when_there_is_something_to_send() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        places = [await Place({i: StandIn()}).start() for i in (1, 2)]
+        both = snapshot((1, places[0]), max_queued=0)
+        both["deployments"] |= snapshot((2, places[1]), name="E")["deployments"]
+        dispatcher.update(1, both)
+        await dispatcher.connected()
+        assert not dispatcher._channels
+        # Nothing is open yet, and still there is room: these are not in a queue.
+        answers = [asyncio.ensure_future(ask(dispatcher)) for _ in range(10)]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFullError):
+            await ask(dispatcher)
+        await asyncio.gather(*answers)
+        assert list(dispatcher._channels) == [places[0].address]
+        await ask(dispatcher, name="E")
+        assert len(dispatcher._channels) == 2
+        for place in places:
+            place.stop()
+
+    run(test)
+
+
+def test_connections_of_who_has_an_http_server_are_made_ahead() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        places = [await Place({i: StandIn()}).start() for i in (1, 2)]
+        dispatcher.update(1, snapshot((1, places[0])))
+        dispatcher.connect_ahead()
+        await dispatcher.connected()
+        assert dispatcher.groups["D"].router.slots[1].reachable
+        dispatcher.update(2, snapshot((1, places[0]), (2, places[1])))
+        await dispatcher.connected()
+        assert dispatcher.groups["D"].router.slots[2].reachable
+        for place in places:
+            place.stop()
+
+    run(test)
+
+
 def test_messages_keep_bytes_text_and_order() -> None:
     def stream(replica: StandIn, reply_to: ReplyTo, message: Message) -> None:
         for i in range(100):
@@ -304,6 +343,7 @@ def test_what_is_sent_when_the_connection_broke_is_dropped() -> None:
     async def test(dispatcher: Dispatcher) -> None:
         place = await Place({1: StandIn(keep)}).start()
         dispatcher.update(1, snapshot((1, place)))
+        dispatcher.connect_ahead()
         await dispatcher.connected()
         channel = dispatcher._channels[place.address]
         while not place.comms:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import pytest
+
 from tests.benchmarks.growth import measure, spread
+from tests.utils import ROOT
 
 #: In place of 4, for noise; what grows with the square comes to 16.
 LIMIT = 8
@@ -25,3 +31,19 @@ def test_load_is_spread_better_than_by_chance() -> None:
     assert spread(1) < 0.5 * spread(1, by_chance=True)
     assert spread(10) < 0.8 * spread(10, by_chance=True)
     assert spread(100) < 1.2 * spread(100, by_chance=True)
+
+
+@pytest.mark.slow
+def test_command_with_a_cluster_of_64_workers() -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.growth", "--sizes", "5", "10"]
+    done = subprocess.run(
+        [*command, "--real", "64"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=50,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "ms: nothing to do" in done.stdout and "shut down" in done.stdout
+    assert "No answer within" not in done.stdout, done.stdout

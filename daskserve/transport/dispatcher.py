@@ -55,12 +55,16 @@ _numbers = itertools.count()
 class Group:
     """One deployment as this process sees it."""
 
-    __slots__ = ("hopeless", "info", "max_queued", "name", "router", "timeout_s",
-                 "timer", "waiting")  # fmt: skip
+    __slots__ = ("connecting_until", "hopeless", "info", "max_queued", "name", "router",
+                 "timeout_s", "timer", "waiting", "wanted")  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.router = Router()
+        #: Whether connections are made; there may be no request from here ever.
+        self.wanted = False
+        #: Until when the first ones may be on their way.
+        self.connecting_until = 0.0
         #: Its part of the newest snapshot.
         self.info: Mapping[str, Any] | None = None
         self.hopeless = False
@@ -131,6 +135,8 @@ class Dispatcher:
         self.version = -1
         self.snapshot: Mapping[str, Any] = {"routes": {}, "deployments": {}}
         self.groups: dict[str, Group] = {}
+        #: Whether connections are made before there are requests: to all deployments.
+        self.ahead = False
         #: Called with every new snapshot, after it took effect.
         self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
         self.queues = QueueReports(loop, self._count_waiting)
@@ -140,8 +146,8 @@ class Dispatcher:
         if self._local is not None:
             self._local.on_room = self._has_room
         self._channels: dict[str, CommChannel] = {}
-        #: What saves looking at all replicas: which are where, but for local ones, and
-        #: of which deployment each is.
+        #: What saves looking at all replicas: which are where, but for local ones and
+        #: those of deployments that are not wanted, and of which deployment each is.
         self._on_worker: dict[str, dict[int, Slot]] = {}
         self._group_of: dict[int, Group] = {}
         self._context = context
@@ -182,7 +188,7 @@ class Dispatcher:
         for name in self.groups.keys() - deployments.keys():
             gone = DeploymentUnavailableError(f"Deployment {name!r} was deleted.")
             group = self.groups.pop(name)
-            self._note_places(group.router.slots, {}, group)
+            self._note_places(group, group.router.slots, {})
             self._update_direct(group.info, None)
             group.router.update((), 1)
             self._fail_waiting(group, gone)
@@ -199,30 +205,51 @@ class Dispatcher:
     def _update_group(self, group: Group, info: Mapping[str, Any]) -> None:
         former, slots = group.info, group.router.slots
         group.update(info, self._local_address)
-        self._note_places(slots, group.router.slots, group)
         unavailable = group.unavailable()
         if unavailable is not None:
             self._fail_waiting(group, unavailable)
+        self._note_places(group, slots, group.router.slots)
         for slot in group.router.slots.values():
-            slot.reachable = self._connected(slot)
-        self._update_direct(former, info)
+            slot.reachable = self._connected(slot) if group.wanted else slot.local
+        if group.wanted:
+            self._update_direct(former, info)
+        elif self.ahead:
+            self._want(group)
         self._hand_out(group)
 
+    def connect_ahead(self) -> None:
+        """Connect to all replicas, from now on before there are requests for them."""
+        self.ahead = True
+        for group in self.groups.values():
+            if not group.wanted:
+                self._want(group)
+
+    def _want(self, group: Group) -> None:
+        """Begin to connect to a deployment's replicas.
+
+        In a cluster of a thousand workers each would have a thousand connections to
+        the others if all did this for all deployments.
+        """
+        group.wanted = True
+        group.connecting_until = self.loop.time() + CONNECTED_S
+        self._note_places(group, {}, group.router.slots)
+        for slot in group.router.slots.values():
+            slot.reachable = self._connected(slot)
+        self._update_direct(None, group.info)
+
     def _note_places(
-        self, old: Mapping[int, Slot], new: Mapping[int, Slot], group: Group
+        self, group: Group, old: Mapping[int, Slot], new: Mapping[int, Slot]
     ) -> None:
         for replica_id in old.keys() - new.keys():
             del self._group_of[replica_id]
             slot = old[replica_id]
-            if not slot.local:
-                there = self._on_worker[slot.worker]
-                del there[replica_id]
-                if not there:
-                    del self._on_worker[slot.worker]
+            there = self._on_worker.get(slot.worker, {})
+            if there.pop(replica_id, None) is not None and not there:
+                del self._on_worker[slot.worker]
         for replica_id in new.keys() - old.keys():
             self._group_of[replica_id] = group
             slot = new[replica_id]
-            if not slot.local:
+            if group.wanted and not slot.local:
                 self._on_worker.setdefault(slot.worker, {})[replica_id] = slot
 
     async def connected(self) -> None:
@@ -299,6 +326,11 @@ class Dispatcher:
             unavailable = DeploymentUnavailableError("daskserve is stopping here.")
         if unavailable is not None:
             raise unavailable
+        if not group.wanted:
+            self._want(group)
+            slot = self.acquire_now(call, group)  # if others brought connections here
+            if slot is not None:
+                return slot
         if not call.refused:  # one that was refused had its turn already
             self._check_queue(group)
         waiter: asyncio.Future[Slot] = self.loop.create_future()
@@ -340,7 +372,12 @@ class Dispatcher:
         if group.max_queued is None:
             return
         waiting = len(group.waiting) + self.queues.elsewhere(group.name)
-        if waiting >= group.max_queued:
+        room = 0
+        if self.loop.time() < group.connecting_until:
+            # Those who wait for the first connection will find room there.
+            slots = group.router.slots.values()
+            room = group.router.max_ongoing * sum(not slot.reachable for slot in slots)
+        if waiting >= group.max_queued + room:
             raise QueueFullError(
                 f"Request dropped: {waiting} requests wait for deployment "
                 f"{group.name!r} already (max_queued_requests={group.max_queued})."

@@ -18,9 +18,12 @@ What grows with what (R replicas, W workers, D deployments, P processes with rou
   at all replicas of those that changed;
 - queue reports: the deployments for which requests wait, times P, ten times a second;
 - connections: a process has one to each worker, and one to each replica's own port, of
-  the deployments that it has sent anything to, and of all of them if it has an HTTP
-  server. With "EveryNode" that is W * R over the cluster: the one cost that grows with
-  the square, and with more than a few thousand replicas the limit of open files.
+  the deployments that it has sent anything to; of all deployments, if it has an HTTP
+  server. With "EveryNode" that is W times R over the cluster: the one cost that grows
+  with the square. It ends at the limit of open files, with some thousands of replicas.
+
+Load is spread by each caller's own count: as many callers as there are requests do no
+better than chance, and replicas that are full refuse.
 """
 
 from __future__ import annotations
