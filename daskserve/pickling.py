@@ -14,7 +14,7 @@ import symtable
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from operator import attrgetter
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -35,6 +35,10 @@ _LOCK_FACTORIES: dict[type, Callable[[], object]] = {
 }
 #: How many objects are looked at to find the way to one that cannot be pickled.
 _MAX_SEARCHED = 50_000
+_SCALARS = frozenset({type(None), bool, int, float, complex, str, bytes})
+#: How far, and how deep, `is_plain` looks.
+_MAX_PLAIN_ITEMS = 100
+_MAX_PLAIN_DEPTH = 5
 
 
 class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc, unused-ignore]
@@ -191,6 +195,8 @@ def dumps(
     >>> loads(dumps([1, 2], what="a list"))
     [1, 2]
     """
+    if is_plain(obj):
+        return pickle.dumps(obj, _PROTOCOL)
     with io.BytesIO() as file:
         maker = pickler(file)
         try:
@@ -228,6 +234,8 @@ def loads(data: bytes, *, shared: Sequence[object] = ()) -> Any:
     {'a': 1}
     """
     try:
+        if not shared:
+            return pickle.loads(data)
         return _Unpickler(io.BytesIO(data), shared).load()
     except (ImportError, AttributeError) as err:
         raise PicklingError(
@@ -236,6 +244,46 @@ def loads(data: bytes, *, shared: Sequence[object] = ()) -> Any:
             "one file with client.upload_file(...), or call "
             "cloudpickle.register_pickle_by_value(module) before deploying."
         ) from err
+
+
+def is_plain(obj: object, depth: int = _MAX_PLAIN_DEPTH) -> bool:
+    """Whether an object needs nothing that pickle does not have by itself.
+
+    What handles carry mostly is, and looking is quicker than making a `Pickler`.
+
+    Parameters
+    ----------
+    obj
+        Any object.
+    depth
+        How many containers may be inside each other.
+
+    Returns
+    -------
+    bool
+        True for scalars and small containers of such; False also means "not looked".
+
+    Examples
+    --------
+    >>> is_plain({"a": [1, 2.0, None]}), is_plain(object()), is_plain([[[[[[]]]]]])
+    (True, False, False)
+    """
+    if type(obj) in _SCALARS:
+        return True
+    items: Collection[object]
+    if type(obj) is dict:
+        if not _SCALARS.issuperset(map(type, obj)):
+            return False
+        items = obj.values()
+    elif type(obj) is tuple or type(obj) is list:
+        items = obj
+    else:
+        return False
+    if len(items) > _MAX_PLAIN_ITEMS or depth == 0:
+        return False
+    return _SCALARS.issuperset(map(type, items)) or all(
+        is_plain(item, depth - 1) for item in items
+    )
 
 
 def is_importable(obj: Any) -> bool:

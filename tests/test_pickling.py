@@ -16,7 +16,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.datastructures import State
 
 from daskserve.exceptions import PicklingError
-from daskserve.pickling import dumps, loads
+from daskserve.pickling import dumps, is_plain, loads
 
 #: Cannot be pickled, and has a type that error texts can be searched for.
 connection = sqlite3.connect(":memory:", check_same_thread=False)
@@ -289,3 +289,27 @@ def test_tracebacks_keep_their_source_lines() -> None:
     with pytest.raises(LookupError) as caught:
         loaded()
     assert 'raise LookupError("here")' in "".join(traceback.format_tb(caught.tb))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, 1, "text", b"bytes", (1, [2, {"a": (None, 2.5)}]), ((), {})],
+    ids=repr,
+)
+def test_plain_values_need_no_pickler_of_ours(value):
+    def refuse(file):
+        raise AssertionError("asked for")
+
+    assert loads(dumps(value, what="it", pickler=refuse)) == value
+
+
+def test_what_is_not_plain_all_through_gets_the_pickler():
+    class Text(str):
+        pass
+
+    deep: list[object] = []
+    deep.append(deep)
+    for value in (deep, [[threading.Lock()]], {"a": Text("b")}, {Text("a"): 1}):
+        assert not is_plain(value)
+        assert type(loads(dumps(value, what="it"))) is type(value)
+    assert not is_plain([0] * 1000)  # not looked at
