@@ -13,7 +13,6 @@ import logging
 import os
 import traceback
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from distributed.worker import _worker_cvar
@@ -74,11 +73,15 @@ class Running(Protocol):
     task: asyncio.Task[None] | None
 
 
-@dataclass(slots=True, eq=False)
 class HandleCall:
     """One call through a handle that is in the replica."""
 
-    task: asyncio.Task[None] | None
+    __slots__ = ("entered", "task")
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[None] | None = None
+        #: Whether its task has begun.
+        self.entered = False
 
 
 class Runner:
@@ -125,9 +128,7 @@ class Runner:
         self._stopping = False
         self._idle = asyncio.Event()
         self._reconfiguring = asyncio.Lock()
-        self._servable = Servable(
-            spec, lambda: self._thread.call_soon(self._deserted_ended)
-        )
+        self._servable = Servable(spec, self._finished)
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -242,6 +243,8 @@ class Runner:
             self._send_stopped(*key)
             if isinstance(exchange, HttpExchange):
                 self._cancel_http(exchange, key)
+            elif isinstance(exchange, HandleCall):
+                self._cancel_call(exchange, key)
             elif exchange.task is not None:
                 exchange.task.cancel()
         tasks = [e.task for e in left.values() if e.task is not None]
@@ -293,10 +296,10 @@ class Runner:
             reply_to.send((REFUSED, message[1], reason))
             return
         key = (reply_to, message[1])
+        # Tasks not by the loop's factory: what serves catches what user code raises.
         if message[0] == REQUEST:
             exchange = HttpExchange(reply_to, message, self._window_bytes, self._starts)
             self._http[key] = exchange
-            # Not by the loop's factory: what serves catches what user code raises.
             exchange.task = asyncio.Task(
                 self._serve_http(exchange, key), loop=self._thread.loop
             )
@@ -306,9 +309,9 @@ class Runner:
             serving = self._serve_websocket(websocket)
             websocket.task = self._spawn(self._websockets, key, serving)
         else:
-            call = self._calls[key] = HandleCall(None)
-            call.task = self._spawn(
-                self._calls, key, self._serve_call(key, *message[3:])
+            call = self._calls[key] = HandleCall()
+            call.task = asyncio.Task(
+                self._serve_call(call, key, *message[3:]), loop=self._thread.loop
             )
 
     def _spawn(
@@ -319,7 +322,6 @@ class Runner:
             del running[key]
             self._finished()
 
-        # Not by the loop's factory: what serves catches what user code raises.
         task = asyncio.Task(serving, loop=self._thread.loop)
         task.add_done_callback(ended)
         return task
@@ -334,14 +336,21 @@ class Runner:
         if websocket is not None:
             websocket.disconnect()  # as on any server, the app is told and not cut off
         call = self._calls.get(key)
-        if call is not None and call.task is not None:
-            call.task.cancel()
+        if call is not None:
+            self._cancel_call(call, key)
 
     def _cancel_http(self, exchange: HttpExchange, key: Key) -> None:
         assert exchange.task is not None
         exchange.task.cancel()
         if not exchange.entered:  # it never runs, not even to its ``finally``
             del self._http[key]
+            self._finished()
+
+    def _cancel_call(self, call: HandleCall, key: Key) -> None:
+        assert call.task is not None
+        call.task.cancel()
+        if not call.entered:
+            del self._calls[key]
             self._finished()
 
     def _cancel_from(self, reply_to: ReplyTo) -> None:
@@ -470,12 +479,14 @@ class Runner:
 
     async def _serve_call(
         self,
+        call: HandleCall,
         key: Key,
         method_name: str,
         arguments: bytes,
         future_keys: tuple[Any, ...],
         request_id: str | None,
     ) -> None:
+        call.entered = True
         self._enter(request_id)
         reply_to, exchange_id = key
         try:
@@ -491,10 +502,9 @@ class Runner:
             if _was_cancelled(err):
                 return _cancel_children()  # whoever cancelled told the caller, or is it
             reply_to.send(_error_message(exchange_id, USER_ERROR, err))
-
-    def _deserted_ended(self) -> None:
-        self._servable.deserted -= 1
-        self._finished()
+        finally:
+            del self._calls[key]
+            self._finished()
 
     def _enter(self, request_id: str | None) -> None:
         """Tell the code of the running task where it is: here, and on which worker."""

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-from distributed.threadpoolexecutor import ThreadPoolExecutor
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
@@ -22,6 +20,7 @@ from daskserve import pickling
 from daskserve.ingress import find_ingress
 from daskserve.replica.actor import ReplicaSpec
 from daskserve.replica.asgi import Lifespan
+from daskserve.replica.sync_thread import SyncThread
 
 
 class UnknownMethodError(AttributeError):
@@ -36,7 +35,7 @@ class Servable:
     spec
         What to make it of.
     deserted_ended
-        Called, on any thread, when a sync call ends that nobody waited for any more.
+        Called on the loop when a sync call ends that nobody waited for any more.
     """
 
     def __init__(self, spec: ReplicaSpec, deserted_ended: Callable[[], None]) -> None:
@@ -49,9 +48,7 @@ class Servable:
         self._deserted_ended = deserted_ended
         self._lifespan: Lifespan | None = None
         self._takes_arguments: dict[str, bool] = {}
-        self._thread = ThreadPoolExecutor(
-            1, thread_name_prefix=f"daskserve-sync-{spec.tag}"
-        )
+        self._thread: SyncThread | None = None
 
     @property
     def state(self) -> dict[str, Any] | None:
@@ -109,8 +106,9 @@ class Servable:
                 _disarm(servable)
 
     def close(self) -> None:
-        """End the thread, once it is free."""
-        self._thread.shutdown(wait=False)
+        """End the thread of sync calls, once it is free."""
+        if self._thread is not None:
+            self._thread.close()
 
     # Calls.
 
@@ -174,23 +172,23 @@ class Servable:
         return await result if inspect.isawaitable(result) else result
 
     async def _run_sync(self, call: Callable[[], Any]) -> Any:
-        context = contextvars.copy_context()
-
-        def run() -> Any:
-            try:
-                return context.run(call)
-            except StopIteration as err:  # a future cannot hold one
-                raise RuntimeError("user code raised StopIteration") from err
-
-        job = self._thread.submit(run)
+        if self._thread is None:
+            self._thread = SyncThread(
+                asyncio.get_running_loop(),
+                f"daskserve-sync-{self._spec.tag}",
+                self._forget_deserted,
+            )
+        job = self._thread.submit(call)
         try:
-            return await asyncio.wrap_future(job)
+            return await job.future
         except asyncio.CancelledError:
-            if not job.cancel() and not job.done():
-                # It runs on: count it, so that max_ongoing_requests stays true.
-                self.deserted += 1
-                job.add_done_callback(lambda _: self._deserted_ended())
+            # If it runs on, count it, so that max_ongoing_requests stays true.
+            self.deserted += self._thread.desert(job)
             raise
+
+    def _forget_deserted(self) -> None:
+        self.deserted -= 1
+        self._deserted_ended()
 
 
 def _bare(function: Callable[..., Any]) -> Callable[..., Any]:
