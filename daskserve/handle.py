@@ -18,7 +18,7 @@ from daskserve.exceptions import ReplicaDiedError, RequestTimeoutError
 from daskserve.replica.context import ReplicaContext, current_replica
 from daskserve.session import Session, WorkerSession, current_session
 from daskserve.transport import values
-from daskserve.transport.calls import CallRequest
+from daskserve.transport.calls import Answer, CallRequest
 from daskserve.transport.messages import RESULT, STOPPED, UNKNOWN_METHOD, Message
 
 
@@ -236,7 +236,7 @@ class DeploymentHandle:
         kwargs: dict[str, Any],
     ) -> DeploymentResponse:
         """Read the bodies of requests among the arguments first, on their loop."""
-        answer: concurrent.futures.Future[Message] = concurrent.futures.Future()
+        answer = Answer()
 
         async def read_and_send() -> None:
             try:

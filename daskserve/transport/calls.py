@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
 from daskserve.exceptions import DeploymentUnavailableError
 from daskserve.transport.dispatcher import Call, Dispatcher, timeout_error
 from daskserve.transport.loops import Mailbox
-from daskserve.transport.messages import CALL, Message
+from daskserve.transport.messages import CALL, REFUSED, Message
+
+
+class Answer(Future[Message]):
+    """Where the ``RESULT`` or ``ERROR`` message of a call goes, or one of our errors.
+
+    A done-callback for each call would do as well, and keep the call alive for as long
+    as its answer.
+    """
+
+    #: Called, on any thread, when it is cancelled.
+    on_cancel: Callable[[], None] | None = None
+
+    def cancel(self) -> bool:
+        """Cancel the call; False if it has been answered."""
+        cancelled = super().cancel()
+        if cancelled and (on_cancel := self.on_cancel) is not None:
+            on_cancel()
+        return cancelled
 
 
 @dataclass(slots=True, eq=False)
@@ -25,8 +43,7 @@ class CallRequest:
     #: Keys of the Dask futures among them.
     future_keys: tuple[Hashable, ...]
     request_id: str | None
-    #: Gets the ``RESULT`` or ``ERROR`` message, or one of our errors.
-    answer: Future[Message] = field(default_factory=Future)
+    answer: Answer = field(default_factory=Answer)
 
 
 class CallSender:
@@ -50,59 +67,96 @@ class CallSender:
 
     def _begin(self, batch: list[CallRequest]) -> None:
         for request in batch:
-            if not request.answer.done():
-                task = self.dispatcher.loop.create_task(self._run(request))
-                request.answer.add_done_callback(_Canceller(self.dispatcher, task))
+            _RunningCall(self.dispatcher, request).begin()
 
-    async def _run(self, request: CallRequest) -> None:
-        dispatcher = self.dispatcher
-        call = Call(dispatcher, request.deployment)
-        timer: asyncio.TimerHandle | None = None
-        group = dispatcher.groups.get(request.deployment)
+
+class _RunningCall:
+    """A call that has left its caller; on the dispatcher's loop.
+
+    If a replica has room and answers, that takes two callbacks. All else is left to a
+    task, which goes on from there.
+    """
+
+    __slots__ = ("_call", "_dispatcher", "_request", "_task", "_timer")
+
+    def __init__(self, dispatcher: Dispatcher, request: CallRequest) -> None:
+        self._dispatcher = dispatcher
+        self._request = request
+        self._call = Call(dispatcher, request.deployment)
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """Send the call, or wait for a replica that has room for it."""
+        name, answer = self._request.deployment, self._request.answer
+        answer.on_cancel = self._answer_cancelled
+        if answer.done():  # cancelled before it was told whom to tell
+            answer.on_cancel = None
+            return
+        group = self._dispatcher.groups.get(name)
         if group is not None and group.timeout_s is not None:
-            failure = timeout_error(request.deployment, group.timeout_s)
-            timer = dispatcher.loop.call_later(group.timeout_s, call.abort, failure)
-
-        def make(exchange_id: int, replica_id: int) -> Message:
-            return (
-                CALL,
-                exchange_id,
-                replica_id,
-                request.method_name,
-                request.arguments,
-                request.future_keys,
-                request.request_id,
+            failure = timeout_error(name, group.timeout_s)
+            self._timer = self._dispatcher.loop.call_later(
+                group.timeout_s, self._call.abort, failure
             )
+        if not self._call.begin_now(self._make, self._take_news):
+            self._go_on()
 
+    def _make(self, exchange_id: int, replica_id: int) -> Message:
+        request = self._request
+        return (
+            CALL,
+            exchange_id,
+            replica_id,
+            request.method_name,
+            request.arguments,
+            request.future_keys,
+            request.request_id,
+        )
+
+    def _take_news(self) -> None:
+        message = self._call.peek()
+        if message is None or message[0] == REFUSED:
+            self._call.stop_listening()
+            self._go_on()
+        else:
+            self._answer(message)
+
+    def _go_on(self) -> None:
+        self._task = self._dispatcher.loop.create_task(self._wait())
+
+    async def _wait(self) -> None:
         try:
-            message = await call.first(make, retry_lost=False)
+            message = await self._call.first(self._make, retry_lost=False)
         except asyncio.CancelledError:
-            call.cancel()
-            request.answer.cancel()
+            self._cancel()
             raise
         except Exception as err:
-            call.cancel()
+            self._call.cancel()
+            self._finish()
             with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
-                request.answer.set_exception(err)
+                self._request.answer.set_exception(err)
         else:
-            with contextlib.suppress(InvalidStateError):
-                request.answer.set_result(message)
-        finally:
-            if timer is not None:
-                timer.cancel()
-            call.finish()
+            self._answer(message)
 
+    def _answer(self, message: Message) -> None:
+        self._finish()
+        with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
+            self._request.answer.set_result(message)
 
-class _Canceller:
-    """Cancel a call's task when its answer was cancelled, from whichever thread."""
+    def _finish(self) -> None:
+        self._request.answer.on_cancel = None
+        if self._timer is not None:
+            self._timer.cancel()
+        self._call.finish()
 
-    __slots__ = ("_dispatcher", "_task")
+    def _answer_cancelled(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has stopped
+            self._dispatcher.loop.call_soon_threadsafe(self._cancel)
 
-    def __init__(self, dispatcher: Dispatcher, task: asyncio.Task[None]) -> None:
-        self._dispatcher = dispatcher
-        self._task = task
-
-    def __call__(self, answer: Future[Message]) -> None:
-        if answer.cancelled():
-            with contextlib.suppress(RuntimeError):  # the loop has stopped
-                self._dispatcher.loop.call_soon_threadsafe(self._task.cancel)
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        self._call.cancel()
+        self._finish()
+        self._request.answer.cancel()
