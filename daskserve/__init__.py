@@ -9,6 +9,7 @@ from daskserve.api import (
     start,
     status,
 )
+from daskserve.batching import batch
 from daskserve.deployment import Deployment, deployment
 from daskserve.exceptions import ServeError
 from daskserve.handle import DeploymentHandle, DeploymentResponse
@@ -21,6 +22,7 @@ __all__ = [
     "DeploymentResponse",
     "ServeError",
     "ServeInstance",
+    "batch",
     "connect",
     "deployment",
     "get_deployment",

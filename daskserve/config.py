@@ -710,6 +710,41 @@ class DeploymentOptions(_Options):
         return type(self).model_validate({**dict(self), **self._rename(changes)})
 
 
+class BatchOptions(_Options):
+    """How ``@serve.batch`` gathers calls.
+
+    Parameters
+    ----------
+    max_batch_size
+        The most items in one batch.
+    batch_wait_timeout_s
+        Seconds that the first item of a batch waits for others.
+    max_concurrent_batches
+        How many batches run at a time.
+    target_latency_s
+        Seconds that one batch should take; None: `max_batch_size` is aimed for.
+
+    Raises
+    ------
+    pydantic.ValidationError
+        A `ValueError`; if an option is unknown or its value is not allowed.
+
+    Examples
+    --------
+    >>> BatchOptions(batch_wait_timeout_s="5ms").batch_wait_timeout_s
+    0.005
+    """
+
+    max_batch_size: Count = 10
+    batch_wait_timeout_s: Seconds = 0.01
+    max_concurrent_batches: Count = 1
+    target_latency_s: PositiveSeconds | None = None
+
+    def replace(self, **values: Any) -> Self:
+        """Return others with some values changed, checked as ever."""
+        return type(self)(**{**self.model_dump(), **values})
+
+
 class Settings(_Frozen):
     """What only `dask.config` sets: ``daskserve.controller.*``, ``.transport.*``.
 

@@ -26,6 +26,7 @@ LAYERS = [
     "controller.*",
     "worker",
     "session",
+    "batching",
     "proxy.*",
     "replica.*",
     "ingress",

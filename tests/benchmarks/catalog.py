@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.benchmarks import (
+    batching,
     bodies,
     features,
     handles,
@@ -17,6 +18,7 @@ BENCHES = [
     *requests.BENCHES,
     *features.BENCHES,
     *handles.BENCHES,
+    *batching.BENCHES,
     *bodies.BENCHES,
     *streams.BENCHES,
     *lifecycle.BENCHES,
