@@ -14,7 +14,11 @@ from daskserve.deployment import Deployment, deployment
 from daskserve.exceptions import ServeError
 from daskserve.handle import DeploymentHandle, DeploymentResponse
 from daskserve.ingress import ingress
-from daskserve.replica.context import get_replica_context
+from daskserve.multiplex import multiplexed
+from daskserve.replica.context import (
+    get_multiplexed_model_id,
+    get_replica_context,
+)
 
 __all__ = [
     "Deployment",
@@ -26,9 +30,11 @@ __all__ = [
     "connect",
     "deployment",
     "get_deployment",
+    "get_multiplexed_model_id",
     "get_replica_context",
     "ingress",
     "list_deployments",
+    "multiplexed",
     "shutdown",
     "start",
     "status",

@@ -745,6 +745,28 @@ class BatchOptions(_Options):
         return type(self)(**{**self.model_dump(), **values})
 
 
+class MultiplexOptions(_Options):
+    """What ``@serve.multiplexed`` keeps.
+
+    Parameters
+    ----------
+    max_num_models_per_replica
+        How many models a replica keeps; None for no limit.
+    unload
+        Called with each model that is pushed out; None for nothing.
+
+    Raises
+    ------
+    pydantic.ValidationError
+        A `ValueError`; if an option is unknown or its value is not allowed.
+    """
+
+    max_num_models_per_replica: Count | None = 3
+    unload: Annotated[
+        Any, _where(lambda v: v is None or callable(v), "give a function, or None")
+    ] = None
+
+
 class Settings(_Frozen):
     """What only `dask.config` sets: ``daskserve.controller.*``, ``.transport.*``.
 

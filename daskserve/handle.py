@@ -159,6 +159,8 @@ class DeploymentHandle:
         The deployment's name.
     method_name
         The method that `remote` calls.
+    multiplexed_model_id
+        The model that its calls are for; see `daskserve.multiplexed`.
 
     Examples
     --------
@@ -167,17 +169,19 @@ class DeploymentHandle:
     >>> await handle.increment.remote(by=2)  # doctest: +SKIP
     """
 
-    __slots__ = ("_deployment", "_method_name", "_session")
+    __slots__ = ("_deployment", "_method_name", "_model_id", "_session")
 
     def __init__(
         self,
         deployment: str,
         method_name: str = "__call__",
+        multiplexed_model_id: str = "",
         *,
         _session: Session | None = None,
     ) -> None:
         self._deployment = deployment
         self._method_name = method_name
+        self._model_id = multiplexed_model_id
         self._session = _session
 
     @property
@@ -185,18 +189,34 @@ class DeploymentHandle:
         """The deployment's name."""
         return self._deployment
 
-    def options(self, *, method_name: str | None = None) -> DeploymentHandle:
-        """Return another handle of the same deployment.
+    def options(
+        self,
+        *,
+        method_name: str | None = None,
+        multiplexed_model_id: str | None = None,
+    ) -> DeploymentHandle:
+        """Return another handle of the same deployment; what is not given is as here.
 
         Parameters
         ----------
         method_name
-            The method that its `remote` calls; default: as here.
+            The method that its `remote` calls.
+        multiplexed_model_id
+            The model that its calls are for: they go to a replica that has it.
         """
-        if method_name is not None and not isinstance(method_name, str):
-            raise TypeError(f"method_name={method_name!r} is not a string")
-        name = method_name or self._method_name
-        return DeploymentHandle(self._deployment, name, _session=self._session)
+        for option, value in (
+            ("method_name", method_name),
+            ("multiplexed_model_id", multiplexed_model_id),
+        ):
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{option}={value!r} is not a string")
+        model_id = multiplexed_model_id
+        return DeploymentHandle(
+            self._deployment,
+            method_name or self._method_name,
+            self._model_id if model_id is None else model_id,
+            _session=self._session,
+        )
 
     def remote(self, *args: Any, **kwargs: Any) -> DeploymentResponse:
         """Call the deployment; returns at once.
@@ -271,6 +291,7 @@ class DeploymentHandle:
             arguments,
             tuple(future.key for future in futures),
             None if context is None else context.request_id,
+            self._model_id,
         )
         return request, futures
 
@@ -282,18 +303,25 @@ class DeploymentHandle:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DeploymentHandle):
             return NotImplemented
-        mine = (self._deployment, self._method_name)
-        return mine == (other._deployment, other._method_name)
+        return self._identity == other._identity
 
     def __hash__(self) -> int:
-        return hash((self._deployment, self._method_name))
+        return hash(self._identity)
 
     def __reduce__(self) -> Any:
-        return DeploymentHandle, (self._deployment, self._method_name)
+        return DeploymentHandle, self._identity
 
     def __repr__(self) -> str:
-        method = self._method_name
-        return f"DeploymentHandle({self._deployment!r}, method_name={method!r})"
+        model = self._model_id
+        last = f", multiplexed_model_id={model!r}" if model else ""
+        return (
+            f"DeploymentHandle({self._deployment!r}, "
+            f"method_name={self._method_name!r}{last})"
+        )
+
+    @property
+    def _identity(self) -> tuple[str, str, str]:
+        return self._deployment, self._method_name, self._model_id
 
 
 _background: set[asyncio.Task[None]] = set()

@@ -27,6 +27,7 @@ LAYERS = [
     "worker",
     "session",
     "batching",
+    "multiplex",
     "proxy.*",
     "replica.*",
     "ingress",

@@ -177,7 +177,7 @@ class Forwarder:
         info.prefix, info.deployment = match
         window = self._windows.take()
         head = (*_head(scope, root_path, path, info), self._options.debug, window)
-        call = Call(self._dispatcher, info.deployment)
+        call = Call(self._dispatcher, info.deployment, info.model_id)
         timeout_s = self._timeout_s(info)
         deadline = None
         if timeout_s is not None:

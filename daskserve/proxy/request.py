@@ -10,6 +10,8 @@ from typing import Any
 
 from starlette.types import Scope, Send
 
+from daskserve.transport.messages import MODEL_HEADERS
+
 TEXT = b"text/plain; charset=utf-8"
 
 #: Where in the scope a proxy keeps the request's `RequestInfo`.
@@ -50,6 +52,14 @@ class RequestInfo:
         "started",
         "status",
     )
+
+    @property
+    def model_id(self) -> str:
+        """The model that the request is for; "" if it names none."""
+        for name in MODEL_HEADERS:
+            if (value := self.headers.get(name)) is not None:
+                return value.decode("latin-1")
+        return ""
 
     def __init__(self, scope: Scope) -> None:
         #: The last one of each name.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from daskserve.exceptions import ServeError
+from daskserve.transport.messages import MODEL_HEADERS
 
 
 @dataclass(slots=True)  # not frozen: that would make it slow to make, see `Runner`
@@ -34,11 +35,38 @@ class ReplicaContext:
     _replica: Any = None
     #: Answers that user code waits for; cancelled along with the request.
     _children: set[Any] | None = field(default=None, repr=False, compare=False)
+    #: The head of an HTTP request, which may name a model.
+    _head: Any = field(default=None, repr=False, compare=False)
+    #: The model that a call is for.
+    _model_id: str = ""
 
 
 current_replica: ContextVar[ReplicaContext | None] = ContextVar(
     "daskserve-replica", default=None
 )
+
+
+def get_multiplexed_model_id() -> str:
+    """Return the id of the model that the request at hand is for.
+
+    It is in the header ``serve_multiplexed_model_id`` of an HTTP request, or was given
+    by ``handle.options(multiplexed_model_id=...)``.
+
+    Returns
+    -------
+    str
+        The id; "" if the request has none, and outside of requests.
+    """
+    context = current_replica.get()
+    if context is None:
+        return ""
+    if context._head is not None:
+        headers = dict(context._head.headers)
+        for name in MODEL_HEADERS:
+            if name in headers:
+                value: bytes = headers[name]
+                return value.decode("latin-1")
+    return context._model_id
 
 
 def get_replica_context() -> ReplicaContext:

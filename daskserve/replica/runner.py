@@ -51,6 +51,7 @@ from daskserve.transport.messages import (
     STOPPED,
     UNKNOWN_METHOD,
     USER_ERROR,
+    Head,
     Message,
 )
 
@@ -398,7 +399,7 @@ class Runner:
         exchange.entered = True
         request_id = exchange.head.request_id
         try:
-            self._enter(request_id)
+            self._enter(request_id, exchange.head)
             servable = self._servable
             if servable.app is not None:
                 scope = exchange.scope(servable.state)
@@ -455,7 +456,7 @@ class Runner:
 
     async def _serve_websocket(self, exchange: WebSocketExchange) -> None:
         request_id = exchange.head.request_id
-        self._enter(request_id)
+        self._enter(request_id, exchange.head)
         reply: Message = (END, exchange.exchange_id)
         try:
             servable = self._servable
@@ -485,9 +486,10 @@ class Runner:
         arguments: bytes,
         future_keys: tuple[Any, ...],
         request_id: str | None,
+        model_id: str,
     ) -> None:
         call.entered = True
-        self._enter(request_id)
+        self._enter(request_id, None, model_id)
         reply_to, exchange_id = key
         try:
             fetched = await self.session.gather(future_keys) if future_keys else {}
@@ -506,11 +508,22 @@ class Runner:
             del self._calls[key]
             self._finished()
 
-    def _enter(self, request_id: str | None) -> None:
+    def _enter(
+        self, request_id: str | None, head: Head | None = None, model_id: str = ""
+    ) -> None:
         """Tell the code of the running task where it is: here, and on which worker."""
         spec, servable = self.spec, self._servable.object
         current_replica.set(
-            ReplicaContext(spec.deployment, spec.tag, servable, request_id, self)
+            ReplicaContext(
+                spec.deployment,
+                spec.tag,
+                servable,
+                request_id,
+                self,
+                None,
+                head,
+                model_id,
+            )
         )
         # Then `distributed.get_client()` works as it does in tasks and actors.
         _worker_cvar.set(self.session.worker)

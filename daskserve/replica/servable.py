@@ -22,6 +22,9 @@ from daskserve.replica.actor import ReplicaSpec
 from daskserve.replica.asgi import Lifespan
 from daskserve.replica.sync_thread import SyncThread
 
+#: Where an object keeps what ``@serve.multiplexed`` has loaded, each with ``clear()``.
+MODELS = "_daskserve_models"
+
 
 class UnknownMethodError(AttributeError):
     """A handle asked for a method that is not there."""
@@ -100,6 +103,8 @@ class Servable:
                 await self._lifespan.shutdown()
         finally:
             servable, self.object = self.object, None
+            for models in getattr(servable, MODELS, {}).values():
+                await models.clear()
             finalizer = getattr(type(servable), "__del__", None)
             if finalizer is not None:
                 await self._invoke(finalizer, (servable,), {})

@@ -43,6 +43,8 @@ class CallRequest:
     #: Keys of the Dask futures among them.
     future_keys: tuple[Hashable, ...]
     request_id: str | None
+    #: The model that it is for; "": none in particular.
+    model_id: str = ""
     answer: Answer = field(default_factory=Answer)
 
 
@@ -82,7 +84,7 @@ class _RunningCall:
     def __init__(self, dispatcher: Dispatcher, request: CallRequest) -> None:
         self._dispatcher = dispatcher
         self._request = request
-        self._call = Call(dispatcher, request.deployment)
+        self._call = Call(dispatcher, request.deployment, request.model_id)
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -112,6 +114,7 @@ class _RunningCall:
             request.arguments,
             request.future_keys,
             request.request_id,
+            request.model_id,
         )
 
     def _take_news(self) -> None:

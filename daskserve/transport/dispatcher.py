@@ -311,7 +311,7 @@ class Dispatcher:
         """Count `call` as in a replica with room, if there is one now."""
         if group.waiting:  # nobody overtakes those who wait
             return None
-        slot = group.router.choose(self.loop.time(), call.avoid)
+        slot = group.router.choose(self.loop.time(), call.avoid, call.model_id)
         if slot is not None:
             slot.in_flight += 1
         return slot
@@ -498,7 +498,7 @@ class Dispatcher:
             if waiter is None or waiter.done():
                 group.waiting.popleft()
                 continue
-            slot = group.router.choose(now)
+            slot = group.router.choose(now, None, group.waiting[0].model_id)
             if slot is None:
                 self._look_again(group, now)
                 return
@@ -558,12 +558,16 @@ class Call:
     """
 
     __slots__ = ("_aborted", "_channel", "_dispatcher", "_exchange", "avoid",
-                 "deployment", "group", "number", "on_grant", "refused", "slot",
-                 "waiter")  # fmt: skip
+                 "deployment", "group", "model_id", "number", "on_grant", "refused",
+                 "slot", "waiter")  # fmt: skip
 
-    def __init__(self, dispatcher: Dispatcher, deployment: str) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, deployment: str, model_id: str = ""
+    ) -> None:
         self._dispatcher = dispatcher
         self.deployment = deployment
+        #: The model that it is for, if it is for one of many.
+        self.model_id = model_id
         self._exchange: Exchange | None = None
         self._channel: Channel | None = None
         self._aborted: BaseException | None = None

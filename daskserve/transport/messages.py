@@ -9,7 +9,7 @@ From a caller to a replica (the third field is always the replica's id):
 ===========  ===============================================================
 ``REQUEST``  replica, the fields of `Head`, body, more_body
 ``CALL``     replica, method name, pickled ``(args, kwargs)``, keys of the Dask
-             futures in them, request id
+             futures in them, request id, id of the model that it is for or ""
 ``BODY``     replica, data, more_body
 ``CREDIT``   replica, bytes of the response that the caller has passed on
 ``CONNECT``  replica, head with subprotocols: a WebSocket
@@ -74,6 +74,10 @@ DECLINE: Final = 35
 
 #: Messages that begin an exchange.
 OPENING: Final = frozenset({REQUEST, CALL, CONNECT})
+
+
+#: Headers of a request that name the model that it is for. (nginx drops the first.)
+MODEL_HEADERS: Final = (b"serve_multiplexed_model_id", b"serve-multiplexed-model-id")
 
 
 class Head(NamedTuple):

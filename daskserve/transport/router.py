@@ -2,13 +2,22 @@
 
 Local first while it has room, else the less loaded of two random ones ("power of two
 choices": M. Mitzenmacher, IEEE TPDS 12(10), 2001), by this caller's own count.
+
+A request for one of many models goes to the replica that comes first for it in an order
+that all callers share ("highest random weight": D. Thaler and C. Ravishankar, IEEE/ACM
+Trans. Networking 6(1), 1998), so that it finds the model there, loaded by others.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+#: For how many models the order of replicas is kept.
+MAX_RANKED = 1000
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +55,7 @@ class Router:
         self._local: list[Slot] = []
         self._remote: list[Slot] = []
         self._random = (rng or random.Random()).random
+        self._ranked: OrderedDict[str, list[Slot]] = OrderedDict()
 
     def update(self, slots: Iterable[Slot], max_ongoing: int) -> None:
         """Take the newest snapshot's replicas; counts of those that stay are kept."""
@@ -58,8 +68,11 @@ class Router:
         self.max_ongoing = max_ongoing
         self._local = [slot for slot in fresh.values() if slot.local]
         self._remote = [slot for slot in fresh.values() if not slot.local]
+        self._ranked.clear()
 
-    def choose(self, now: float, avoid: Slot | None = None) -> Slot | None:
+    def choose(
+        self, now: float, avoid: Slot | None = None, model_id: str = ""
+    ) -> Slot | None:
         """Return a replica with room, or None.
 
         Parameters
@@ -68,13 +81,18 @@ class Router:
             The clock of `Slot.full_until`.
         avoid
             A replica to be taken only if there is no other.
+        model_id
+            The model that the request is for; "": none in particular.
         """
         if len(self.slots) == 1:
             (only,) = self.slots.values()
             return only if self._has_room(only, now) else None
-        best = self._less_loaded(self._local, now, avoid)
-        if best is None:
-            best = self._less_loaded(self._remote, now, avoid)
+        if model_id:
+            best = self._first_for(model_id, now, avoid)
+        else:
+            best = self._less_loaded(self._local, now, avoid)
+            if best is None:
+                best = self._less_loaded(self._remote, now, avoid)
         if best is None and avoid is not None and self._has_room(avoid, now):
             return avoid
         return best
@@ -91,6 +109,23 @@ class Router:
             and slot.in_flight < self.max_ongoing
             and slot.full_until <= now
         )
+
+    def _first_for(self, model_id: str, now: float, avoid: Slot | None) -> Slot | None:
+        ranked = self._ranked.get(model_id)
+        if ranked is None:
+            ranked = sorted(
+                self.slots.values(),
+                key=lambda slot: hashlib.blake2b(
+                    f"{model_id}\0{slot.tag}".encode(), digest_size=8
+                ).digest(),
+            )
+            self._ranked[model_id] = ranked
+            if len(self._ranked) > MAX_RANKED:
+                self._ranked.popitem(last=False)
+        for slot in ranked:
+            if slot is not avoid and self._has_room(slot, now):
+                return slot
+        return None
 
     def _less_loaded(
         self, slots: list[Slot], now: float, avoid: Slot | None
