@@ -15,6 +15,7 @@ from daskserve.exceptions import ServeError
 from daskserve.handle import DeploymentHandle, DeploymentResponse
 from daskserve.ingress import ingress
 from daskserve.multiplex import multiplexed
+from daskserve.replica.client import get_client
 from daskserve.replica.context import (
     get_multiplexed_model_id,
     get_replica_context,
@@ -29,6 +30,7 @@ __all__ = [
     "batch",
     "connect",
     "deployment",
+    "get_client",
     "get_deployment",
     "get_multiplexed_model_id",
     "get_replica_context",

@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from daskserve import pickling
 from daskserve.replica.actor import ReplicaSpec
 from daskserve.replica.asgi import HttpExchange, Starts
+from daskserve.replica.client import ReplicaClients
 from daskserve.replica.context import ReplicaContext, current_replica
 from daskserve.replica.encode import NotEncodableError, encode
 from daskserve.replica.places import Places
@@ -130,6 +131,8 @@ class Runner:
         self._idle = asyncio.Event()
         self._reconfiguring = asyncio.Lock()
         self._servable = Servable(spec, self._finished)
+        #: For `get_client` in user code.
+        self.clients = ReplicaClients(session.worker, self._thread.loop)
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -256,6 +259,7 @@ class Runner:
                 await self._servable.shutdown()
         except BaseException:
             logger.exception("Replica %s failed to shut down", self.spec.tag)
+        await self.clients.close()
         if self._listener is not None:
             await self._listener.say_goodbye()
         self._report({"event": "stopped"})
