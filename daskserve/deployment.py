@@ -10,6 +10,7 @@ from daskserve import pickling
 from daskserve.config import Default, DeploymentOptions
 from daskserve.controller.records import Spec
 from daskserve.handle import DeploymentHandle
+from daskserve.mapping import map_collection
 from daskserve.session import Session, current_session
 
 #: What of the options reads back as it was given.
@@ -151,6 +152,51 @@ class Deployment:
         It is valid across redeploys; a deployment that is not there fails in the call.
         """
         return DeploymentHandle(self._options.name)
+
+    def map(
+        self,
+        collection: Any,
+        *args: Any,
+        method_name: str = "__call__",
+        **kwargs: Any,
+    ) -> Any:
+        """Put a Dask collection through the replicas, partition by partition.
+
+        Each partition is an argument of one call, made from a task on the worker that
+        has it; a replica on the same worker is preferred. A partition whose replica is
+        lost goes to another one.
+
+        Parameters
+        ----------
+        collection
+            A Dask bag (the method gets lists), array (numpy blocks), dataframe or
+            series (those of pandas).
+        *args
+            More arguments of the method.
+        method_name
+            The method that is called.
+        **kwargs
+            Options of Dask's ``map_blocks`` and ``map_partitions``, such as ``dtype``
+            and ``meta``, which say what comes out. Without them the deployment is
+            asked, by a partition with one row of zeros or examples.
+
+        Returns
+        -------
+        dask.bag.Bag, dask.array.Array or dask.dataframe
+            Of the same kind, lazy as ever: ``.compute()`` it, ``.persist()`` it, write
+            it to files.
+
+        Raises
+        ------
+        TypeError
+            It is no collection of these.
+
+        Examples
+        --------
+        >>> Model.map(images, method_name="predict").compute()  # doctest: +SKIP
+        """
+        handle = self.get_handle().options(method_name=method_name)
+        return map_collection(handle, collection, args, kwargs)
 
     # As a value.
 

@@ -22,6 +22,7 @@ LAYERS = [
     "environment",
     "status",
     "deployment",
+    "mapping",
     "handle",
     "controller.*",
     "worker",
