@@ -3,7 +3,7 @@ from collections.abc import Collection
 import pytest
 
 from daskserve.controller.placement import WorkerView
-from daskserve.controller.proxies import SCHEDULER, desired_proxies
+from daskserve.controller.proxies import SCHEDULER, desired_proxies, reachable_url
 
 HOSTS = frozenset({"10.0.0.1", "Head"})
 
@@ -133,3 +133,19 @@ def test_every_node_with_one_address_a_host() -> None:
     left = desired(LOCAL, REMOTE, location="EveryNode", one_per_host=True)
     assert left == {LOCAL.address, REMOTE.address}
     assert desired(LOCAL, one_per_host=True) == {LOCAL.address}  # HeadOnly
+
+
+@pytest.mark.parametrize(
+    ("bound", "host", "url"),
+    [
+        ("http://0.0.0.0:8000", "10.0.0.2", "http://10.0.0.2:8000"),
+        ("https://[::]:8000", "10.0.0.2", "https://10.0.0.2:8000"),
+        ("http://0.0.0.0:8000", "fd00::2", "http://[fd00::2]:8000"),
+        ("http://0.0.0.0:8000", "node017", "http://node017:8000"),
+        ("http://10.0.0.9:8000", "10.0.0.2", "http://10.0.0.9:8000"),
+        ("http://[fd00::9]:8000", "10.0.0.2", "http://[fd00::9]:8000"),
+        ("http+unix:///run/serve", "10.0.0.2", "http+unix:///run/serve"),
+    ],
+)
+def test_reachable_url(bound: str, host: str, url: str) -> None:
+    assert reachable_url(bound, host) == url

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from ipaddress import IPv6Address, ip_address
+from urllib.parse import urlsplit
 
 from daskserve.controller.placement import WorkerView
 
@@ -64,6 +65,15 @@ def desired_proxies(
     if location == "EveryNode":
         return set(views)
     return {_head(scheduler_hosts, views, current)}
+
+
+def reachable_url(url: str, host: str) -> str:
+    """Return a server's URL with `host` for an address that stands for all it has."""
+    parts = urlsplit(url)
+    if parts.hostname not in ("0.0.0.0", "::"):
+        return url
+    name = f"[{host}]" if ":" in host else host
+    return parts._replace(netloc=f"{name}:{parts.port}").geturl()
 
 
 def _head(

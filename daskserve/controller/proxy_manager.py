@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 from distributed import Scheduler
 from distributed.comm.addressing import get_address_host
 
 from daskserve.controller.head import HeadProxy
 from daskserve.controller.placement import WorkerView
-from daskserve.controller.proxies import SCHEDULER, desired_proxies
+from daskserve.controller.proxies import SCHEDULER, desired_proxies, reachable_url
 from daskserve.controller.publisher import LOCAL, Publisher
 from daskserve.transport.messages import OP_BIND, OP_UNBIND
 
@@ -78,6 +79,8 @@ class ProxyManager:
         self._ready = ready
         self._port = config.port
         self._head: HeadProxy | None = None
+        self._head_host = get_address_host(scheduler.address)
+        self._hosts = frozenset({self._head_host, "localhost", *_own_addresses()})
         self._lock = asyncio.Lock()
 
     @property
@@ -106,7 +109,8 @@ class ProxyManager:
             for address in sorted(self._wanted(views)):
                 record = self.records.get(address)
                 if record is None:
-                    host = views[address].host if address in views else SCHEDULER
+                    at_head = address == SCHEDULER
+                    host = self._head_host if at_head else views[address].host
                     record = ProxyRecord(address, host, "STARTING")
                     self.records[address] = record
                 if record.url is None and now >= record.retry_at:
@@ -132,7 +136,7 @@ class ProxyManager:
             location=self._config.location,
             enabled=self._config.enabled,
             one_per_host=self._config.uds is not None,
-            scheduler_hosts=_hosts(self._scheduler),
+            scheduler_hosts=self._hosts,
             views=views,
             current=[a for a, record in self.records.items() if record.url is not None],
         )
@@ -159,7 +163,8 @@ class ProxyManager:
             record.state, record.reason = "FAILED", answer["error"]
             logger.warning("%s", record.reason)
             return
-        record.state, record.url, record.reason = "HEALTHY", answer["url"], ""
+        record.url = reachable_url(answer["url"], record.host)
+        record.state, record.reason = "HEALTHY", ""
         if not every_node:
             self._port = answer["port"]  # it is the instance's from now on
         logger.info("HTTP server of %s at %s", record.worker, record.url)
@@ -187,6 +192,7 @@ class ProxyManager:
             logger.info("HTTP server of %s was not stopped: %r", address, err)
 
 
-def _hosts(scheduler: Scheduler) -> frozenset[str]:
-    """Return the names under which the scheduler's host may be known."""
-    return frozenset({get_address_host(scheduler.address), "localhost"})
+def _own_addresses() -> set[str]:
+    """Return all addresses of this host: its workers may use another network."""
+    interfaces = psutil.net_if_addrs().values()
+    return {a.address for addresses in interfaces for a in addresses}
