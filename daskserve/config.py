@@ -789,6 +789,9 @@ class Settings(_Frozen):
         shrink.
     connect_timeout_s
         Seconds for opening a connection to a replica's worker.
+    silence_timeout_s
+        Seconds after which the other end of a connection is given up if not even the
+        kernel there answers: its host has lost its power or its network.
     """
 
     tick_s: PositiveSeconds = _configured("controller.tick")
@@ -803,6 +806,7 @@ class Settings(_Frozen):
     direct: Flag = _configured("transport.direct")
     proxy_buffer_bytes: ByteCount = _configured("transport.proxy-buffer")
     connect_timeout_s: PositiveSeconds = _configured("transport.connect-timeout")
+    silence_timeout_s: PositiveSeconds = _configured("transport.silence-timeout")
 
     @classmethod
     def load(cls) -> Self:

@@ -190,7 +190,12 @@ class ClientSession(Session):
         client = self.client
         self._thread = thread = LoopThread("daskserve-client")
         thread.start()
-        dispatcher = Dispatcher(thread.loop, self.connect, context=self.context)
+        dispatcher = Dispatcher(
+            thread.loop,
+            self.connect,
+            context=self.context,
+            silence_s=self.settings.silence_timeout_s,
+        )
         dispatcher_ref = weakref.ref(dispatcher)
         client_ref = self._client
 

@@ -15,7 +15,7 @@ from distributed import Worker
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from daskserve import pickling
-from daskserve.config import HTTPOptions
+from daskserve.config import HTTPOptions, Settings
 from daskserve.proxy.server import HTTPServer
 from daskserve.proxy.windows import Windows
 from daskserve.replica.actor import PLUGIN_NAME, ReplicaSpec
@@ -76,6 +76,7 @@ class ServeWorkerPlugin(WorkerPlugin):
                 context=worker.connection_args.get("ssl_context"),
                 local_address=worker.address,
                 inboxes=self.runners,
+                silence_s=Settings.load().silence_timeout_s,
             )
 
         self.session = WorkerSession(worker, make_dispatcher)

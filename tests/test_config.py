@@ -750,6 +750,7 @@ def test_settings_defaults() -> None:
         "direct": True,
         "proxy_buffer_bytes": 2**28,
         "connect_timeout_s": 5,
+        "silence_timeout_s": 10,
     }
 
 
@@ -769,6 +770,7 @@ def test_settings_defaults() -> None:
         ("transport.direct", False, "direct", False),
         ("transport.proxy-buffer", "1 MiB", "proxy_buffer_bytes", 2**20),
         ("transport.connect-timeout", "1 minute", "connect_timeout_s", 60),
+        ("transport.silence-timeout", "3s", "silence_timeout_s", 3),
     ],
 )
 def test_settings(key: str, value: object, name: str, result: object) -> None:
@@ -787,6 +789,7 @@ def test_settings(key: str, value: object, name: str, result: object) -> None:
         ("transport.window", 0),
         ("transport.proxy-buffer", -1),
         ("transport.connect-timeout", None),
+        ("transport.silence-timeout", 0),
     ],
 )
 def test_settings_refuses(key: str, value: object) -> None:

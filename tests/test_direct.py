@@ -17,6 +17,7 @@ from daskserve.transport.channel import ConnectionLostError
 from daskserve.transport.direct import DirectAddress, DirectChannel, DirectListener
 from daskserve.transport.dispatcher import Call, Dispatcher
 from daskserve.transport.messages import CALL, CHUNK, REFUSED, RESULT, Message
+from daskserve.transport.silence import SilenceWatch
 from tests.test_dispatcher import Place, StandIn, keep, snapshot
 
 
@@ -25,7 +26,7 @@ class Replica(StandIn):
 
     async def listen(self, context: ssl.SSLContext | None = None) -> DirectAddress:
         self.batches: list[int] = []
-        self.listener = DirectListener(self, self.take)
+        self.listener = DirectListener(self, self.take, watch())
         return await self.listener.start("127.0.0.1", context)
 
     def take(self, reply_to: Any, batch: list[Message]) -> None:
@@ -33,10 +34,16 @@ class Replica(StandIn):
         self.put(reply_to, batch)
 
 
+def watch() -> SilenceWatch:
+    return SilenceWatch(asyncio.get_running_loop(), 10)
+
+
 async def open_channel(
     address: DirectAddress, context: ssl.SSLContext | None = None
 ) -> DirectChannel:
-    channel = DirectChannel(address, "tcp://w:1", context, lambda channel: None)
+    channel = DirectChannel(
+        address, "tcp://w:1", context, watch(), lambda channel: None
+    )
     await until(lambda: channel.is_open)
     return channel
 
@@ -187,7 +194,7 @@ def test_tls() -> None:
         assert (await exchange.next())[0] == RESULT
         channel.close("done")
         closed: list[DirectChannel] = []
-        DirectChannel(address, "tcp://w:1", None, closed.append)  # without TLS
+        DirectChannel(address, "tcp://w:1", None, watch(), closed.append)  # no TLS
         await until(lambda: closed)
         assert not closed[0].greeted
 

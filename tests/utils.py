@@ -259,7 +259,8 @@ class ProcessCluster:
             self.wait_for_workers(len(self._nannies), self.timeout)
 
     def _run(self, name: str, *args: str) -> Process:
-        command = [sys.executable, "-m", "dask", *args, "--host", "127.0.0.1"]
+        before, options = self._place(name)
+        command = [*before, sys.executable, "-m", "dask", *args, *options]
         command += ["--protocol", self.protocol, "--dashboard-address", "127.0.0.1:0"]
         if self.protocol == "tls":
             certificate, key = self.directory / "cert.pem", self.directory / "key.pem"
@@ -269,6 +270,10 @@ class ProcessCluster:
         process = Process(name, command, log, self.env, self.directory)
         self._processes.append(process)
         return process
+
+    def _place(self, name: str) -> tuple[list[str], list[str]]:
+        """Return what stands before a process's command, and options for its host."""
+        return [], ["--host", "127.0.0.1"]
 
     def _read_address(self) -> str | None:
         self._running()

@@ -43,7 +43,12 @@ class HeadProxy:
         self._thread.start()
         self._settings = Settings.load()
         context = scheduler.connection_args.get("ssl_context")
-        self._dispatcher = Dispatcher(self._thread.loop, self._connect, context=context)
+        self._dispatcher = Dispatcher(
+            self._thread.loop,
+            self._connect,
+            context=context,
+            silence_s=self._settings.silence_timeout_s,
+        )
         self._dispatcher.ahead = True
         loop = asyncio.get_running_loop()
         self._dispatcher.queues.send = lambda queued: loop.call_soon_threadsafe(

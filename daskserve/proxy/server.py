@@ -24,10 +24,9 @@ from daskserve.proxy.guard import SWEEP_S, Guard
 from daskserve.proxy.websocket_protocol import WebSocketProtocol
 from daskserve.proxy.windows import Windows
 from daskserve.transport.dispatcher import Dispatcher
+from daskserve.transport.silence import keep_alive
 
 BACKLOG = 2048
-#: After so many silent seconds, then as often, so many times in vain: it is dead.
-KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 #: How often a WebSocket's client is asked whether it is there, and how long it may
 #: take to answer.
 PING_INTERVAL_S = 20.0
@@ -233,7 +232,9 @@ def _bind_tcp(host: str, port: int, *, share_port: bool) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        _find_dead_peers(sock)
+        # Connections take it from here. A client whose machine has lost its power or
+        # its network says no goodbye.
+        keep_alive(sock, 60, 15, 4)
         if share_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(address)
@@ -241,17 +242,6 @@ def _bind_tcp(host: str, port: int, *, share_port: bool) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-def _find_dead_peers(sock: socket.socket) -> None:
-    """Let the kernel ask peers that are silent; connections take it from `sock`.
-
-    A client whose machine has lost its power or its network says no goodbye.
-    """
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in KEEP_ALIVE.items():
-        if hasattr(socket, name):  # they differ between systems
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _remove_deserted(path: str) -> None:

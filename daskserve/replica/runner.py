@@ -55,6 +55,7 @@ from daskserve.transport.messages import (
     Head,
     Message,
 )
+from daskserve.transport.silence import SilenceWatch
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +213,8 @@ class Runner:
             address = self.session.direct_listener()
             if address is None:
                 return None
-            self._listener = DirectListener(self, self._take_all)
+            watch = SilenceWatch(self.loop, self.session.settings.silence_timeout_s)
+            self._listener = DirectListener(self, self._take_all, watch)
             return (await self._listener.start(*address)).to_message()
         except Exception as err:  # requests come by way of the worker's port then
             logger.warning("Replica %s has no port of its own: %s", self.spec.tag, err)

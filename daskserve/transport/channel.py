@@ -257,6 +257,8 @@ class CommChannel(Channel):
         self._connect = connect
         self._on_open = on_open
         self._on_close = on_close
+        #: The socket of the comm when it is open, if it has one.
+        self.sock: Any = None
         self._pipe: CommPipe | None = None
         self._reason = f"the connection to worker {address} was lost"
         self._task = asyncio.ensure_future(self._run())
@@ -287,6 +289,7 @@ class CommChannel(Channel):
             comm = await self._connect(self.address)
             await comm.write({"op": OP_CHANNEL, "reply": False})
             self._pipe = CommPipe(comm, self._receive)
+            self.sock = getattr(getattr(comm, "stream", None), "socket", None)
             self._on_open(self)
             await self._pipe.run()
         except (TimeoutError, OSError) as err:

@@ -28,6 +28,7 @@ import msgpack
 from daskserve.transport.channel import Channel, Exchange, Inbox
 from daskserve.transport.messages import GOODBYE, WELCOME, Message
 from daskserve.transport.outbox import BULK_BYTES, Outbox, data_bytes
+from daskserve.transport.silence import SilenceWatch
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,9 @@ MAX_SECRET_BYTES = 256
 GOODBYE_S = 1.0
 #: Seconds in which the secret has to come.
 SECRET_TIMEOUT_S = 10.0
+#: Seconds for opening a connection: where a firewall drops what comes for a port, the
+#: kernel would try for minutes.
+CONNECT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,7 @@ class _Pipe(asyncio.Protocol):
         self._outbox = Outbox()
         self._flushing = False
         self._paused = False
+        self._watch: SilenceWatch | None = None
 
     def deliver(self, batch: list[Message]) -> None:
         """Take what has arrived."""
@@ -101,6 +106,12 @@ class _Pipe(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def watch(self, watch: SilenceWatch, on_silent: Callable[[], None]) -> None:
+        """Have `on_silent` called when the other end is silent for too long."""
+        if self._transport is not None:
+            self._watch = watch
+            watch.add(self, self._transport.get_extra_info("socket"), on_silent)
+
     # What asyncio calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -111,6 +122,8 @@ class _Pipe(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
         self._transport = None
+        if self._watch is not None:
+            self._watch.discard(self)
         self.lost()
 
     def data_received(self, data: bytes) -> None:
@@ -183,20 +196,28 @@ class DirectListener:
         The replica.
     deliver
         Takes a batch of messages and the pipe that answers go to.
+    watch
+        Finds callers whose hosts are gone.
     """
 
     def __init__(
-        self, inbox: Inbox, deliver: Callable[[Any, list[Message]], None]
+        self,
+        inbox: Inbox,
+        deliver: Callable[[Any, list[Message]], None],
+        watch: SilenceWatch,
     ) -> None:
         self._inbox = inbox
         self._deliver = deliver
+        self._watch = watch
         self._secret = secrets.token_bytes(16)
         self._server: asyncio.Server | None = None
         self._pipes: set[_Accepted] = set()
         self._left = asyncio.Event()
 
-    async def start(self, host: str, context: ssl.SSLContext | None) -> DirectAddress:
-        """Listen on any free port of `host`.
+    async def start(
+        self, host: str, context: ssl.SSLContext | None, name: str | None = None
+    ) -> DirectAddress:
+        """Listen on any free port of `host`, which callers know as `name`.
 
         Raises
         ------
@@ -210,7 +231,7 @@ class DirectListener:
 
         self._server = await loop.create_server(accept, host, 0, ssl=context)
         port = self._server.sockets[0].getsockname()[1]
-        return DirectAddress(host, port, self._secret)
+        return DirectAddress(name or host, port, self._secret)
 
     async def say_goodbye(self) -> None:
         """Send callers away; what they have sent meanwhile is still answered."""
@@ -247,6 +268,7 @@ class _Accepted(_Pipe):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._listener._pipes.add(self)
+        self.watch(self._listener._watch, self.abort)
 
     def data_received(self, data: bytes) -> None:
         if not self._known:
@@ -295,6 +317,8 @@ class DirectChannel(Channel):
         The Dask address of its worker.
     context
         The cluster's TLS, if it has any.
+    watch
+        Finds replicas whose hosts are gone.
     on_close
         Called once when the connection has ended or could not be made.
     """
@@ -304,6 +328,7 @@ class DirectChannel(Channel):
         address: DirectAddress,
         worker: str,
         context: ssl.SSLContext | None,
+        watch: SilenceWatch,
         on_close: Callable[[DirectChannel], None],
     ) -> None:
         super().__init__()
@@ -313,6 +338,7 @@ class DirectChannel(Channel):
         self.broke = False
         self._address = address
         self._context = context
+        self._watch = watch
         self._on_close = on_close
         #: It has been open, at some time.
         self.greeted = False
@@ -363,15 +389,26 @@ class DirectChannel(Channel):
     async def _connect(self) -> None:
         loop = asyncio.get_running_loop()
         address = self._address
-        _, pipe = await loop.create_connection(
-            lambda: _Connected(loop, self),
-            address.host,
-            address.port,
-            ssl=self._context,
-            server_hostname="" if self._context is not None else None,
-        )
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                _, pipe = await loop.create_connection(
+                    lambda: _Connected(loop, self),
+                    address.host,
+                    address.port,
+                    ssl=self._context,
+                    server_hostname="" if self._context is not None else None,
+                )
+        except TimeoutError as err:
+            text = f"no connection within {CONNECT_TIMEOUT_S:g} s"
+            raise TimeoutError(text) from err
         self._pipe = pipe
+        pipe.watch(self._watch, self._silent)
         pipe.send((address.secret,))
+
+    def _silent(self) -> None:
+        self._reason = f"a replica on worker {self.worker} {self._watch.reason}"
+        assert self._pipe is not None
+        self._pipe.abort()
 
     def _connected(self, task: asyncio.Task[None]) -> None:
         if task.cancelled():

@@ -33,6 +33,7 @@ from daskserve.transport.direct import DirectAddress, DirectChannel
 from daskserve.transport.messages import CANCEL, DECLINE, REFUSED, Message
 from daskserve.transport.queue_reports import QueueReports
 from daskserve.transport.router import Router, Slot
+from daskserve.transport.silence import SilenceWatch
 from daskserve.transport.snapshots import follow
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,8 @@ class Dispatcher:
     local_address, inboxes
         The Dask address of the worker in this process and its replicas, if there is
         one.
+    silence_s
+        How long a worker's host may owe an answer before what is there counts as lost.
     """
 
     def __init__(
@@ -129,6 +132,7 @@ class Dispatcher:
         context: ssl.SSLContext | None = None,
         local_address: str | None = None,
         inboxes: Mapping[int, Inbox] | None = None,
+        silence_s: float = 10.0,
     ) -> None:
         self.loop = loop
         #: Number of the newest snapshot; -1 before the first.
@@ -151,6 +155,7 @@ class Dispatcher:
         self._on_worker: dict[str, dict[int, Slot]] = {}
         self._group_of: dict[int, Group] = {}
         self._context = context
+        self._watch = SilenceWatch(loop, silence_s)
         #: Direct connections, and the addresses of all there could be, by replica.
         self._direct: dict[int, DirectChannel] = {}
         self._direct_addresses: dict[int, tuple[str, DirectAddress]] = {}
@@ -409,10 +414,17 @@ class Dispatcher:
 
     def _channel_opened(self, channel: CommChannel) -> None:
         self._opened.set()
-        for group in self._set_reachable(channel.address, True):
+        address = channel.address
+        reason = f"worker {address} {self._watch.reason}"
+        self._watch.add(channel, channel.sock, lambda: channel.close(reason))
+        for group in self._set_reachable(address, True):
             self._hand_out(group)
+        # The network may have come back.
+        for replica_id in self._on_worker.get(address, {}):
+            self._open_direct(replica_id)
 
     def _channel_closed(self, channel: CommChannel) -> None:
+        self._watch.discard(channel)
         address = channel.address
         if self._channels.get(address) is channel:
             del self._channels[address]
@@ -456,11 +468,17 @@ class Dispatcher:
             if channel.broke:
                 self._doubt(replica_id, worker)
             delay = RECONNECT_S if channel.broke else DIRECT_RETRY_S
-            self.loop.call_later(delay, self._open_direct, replica_id)
+            self.loop.call_later(delay, self._reopen_direct, replica_id)
 
-        channel = DirectChannel(address, worker, context, closed)
+        channel = DirectChannel(address, worker, context, self._watch, closed)
         channel.on_room = self._has_room
         self._direct[replica_id] = channel
+
+    def _reopen_direct(self, replica_id: int) -> None:
+        found = self._direct_addresses.get(replica_id)
+        # Else it is due when there is a way to the worker at all.
+        if found is not None and self._has_channel(found[0]):
+            self._open_direct(replica_id)
 
     def _doubt(self, replica_id: int, worker: str) -> None:
         """Send nothing to a replica whose connection broke, until more is known."""
