@@ -317,15 +317,24 @@ class WorkerSession(Session):
         """Where handle calls of this process go out."""
         return self._dispatcher
 
-    def direct_listener(self) -> tuple[str, ssl.SSLContext | None] | None:
-        """Return on which host replicas open ports, and with which TLS; None: none."""
+    def direct_listener(self) -> tuple[str, ssl.SSLContext | None, str] | None:
+        """Return where replicas open ports; None: nowhere.
+
+        Returns
+        -------
+        tuple of (str, ssl.SSLContext or None, str)
+            The address to listen on, with which TLS, and the host as callers know it.
+        """
         address = self.worker.address
         if not self.settings.direct or not address.startswith(("tcp://", "tls://")):
             return None
         context = None
         if address.startswith("tls://"):
             context = self.worker.security.get_listen_args("worker")["ssl_context"]
-        return get_address_host(address), context
+        # What `--contact-address` gave can be a name, which on its own host often means
+        # a loopback address, or belong to a router: here it may not do to listen on.
+        host = get_address_host(self.worker.listener.contact_address)
+        return host, context, get_address_host(address)
 
     def run(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Any:
         """Run a coroutine function on the worker's loop.

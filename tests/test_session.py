@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from pathlib import Path
+
+from distributed import Scheduler, Worker
 
 import daskserve as serve
-from daskserve.session import client_session
-from tests.utils import ProcessCluster, leftover_threads
+from daskserve.session import WorkerSession, client_session
+from tests.utils import ProcessCluster, free_port, leftover_threads
 
 NO_SERVER = {"location": "NoServer"}
 
@@ -64,3 +68,25 @@ def test_threads_end_with_their_client(process_cluster: ProcessCluster) -> None:
         serve.start(client, http_options=NO_SERVER)
         assert client_session(client).dispatcher.loop.is_running()
     assert leftover_threads("daskserve-client") == []
+
+
+def test_replicas_listen_where_their_worker_does(tmp_path: Path) -> None:
+    """Its contact address can be a name, or a router's."""
+
+    async def test() -> None:
+        port = free_port()
+        here = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
+        contact = f"tcp://127.0.0.2:{port}"
+        async with Scheduler(port=0, **here) as scheduler:
+            for address, known in ((None, "127.0.0.1"), (contact, "127.0.0.2")):
+                async with Worker(
+                    scheduler.address,
+                    port=port,
+                    contact_address=address,
+                    local_directory=str(tmp_path),
+                    **here,
+                ) as worker:
+                    session = WorkerSession(worker, lambda connect: None)  # type: ignore[arg-type, return-value]
+                    assert session.direct_listener() == ("127.0.0.1", None, known)
+
+    asyncio.run(test())
