@@ -13,7 +13,7 @@ import re
 import threading
 import unicodedata
 from collections.abc import Callable, Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from enum import Enum
 from ipaddress import ip_address, ip_network
 from numbers import Integral, Real
@@ -127,6 +127,19 @@ def _byte_count(value: object) -> int:
     raise ValueError(
         f"{value!r} is not a size: give a number of bytes, 0 or more, or a string such "
         "as '4 GiB'"
+    )
+
+
+def _moment(value: object) -> float:
+    if _is_number(value):
+        return float(value)
+    if isinstance(value, str):
+        value = datetime.fromisoformat(value)  # its error says what is wrong
+    if isinstance(value, datetime):
+        return value.timestamp()
+    raise ValueError(
+        f"{value!r} is not a moment: give seconds since 1970, or a date and time such "
+        "as '2026-11-24T18:00:00+01:00'"
     )
 
 
@@ -768,7 +781,7 @@ class MultiplexOptions(_Options):
 
 
 class Settings(_Frozen):
-    """What only `dask.config` sets: ``daskserve.controller.*``, ``.transport.*``.
+    """What only `dask.config` sets: ``controller``, ``worker``, ``transport``.
 
     Parameters
     ----------
@@ -780,6 +793,15 @@ class Settings(_Frozen):
         Failing constructors for each replica wanted before a deployment has failed.
     max_constructor_failures_total
         Upper limit of that for a whole deployment.
+    leave_timeout_s
+        Seconds that a worker which is retired waits for replicas to run elsewhere.
+    ends_at
+        When a worker's job ends: seconds since 1970, or a date and time with its zone.
+        None: what the batch system says, if it does.
+    end_margin_s
+        Seconds before that at which its replicas are to be elsewhere.
+    signal_timeout_s
+        Seconds that a worker without a nanny goes on after SIGTERM at most.
     window_bytes
         Bytes of one request or response that may be on their way unread.
     direct
@@ -800,6 +822,12 @@ class Settings(_Frozen):
     max_constructor_failures_total: Count = _configured(
         "controller.max-constructor-failures-total"
     )
+    leave_timeout_s: Seconds = _configured("controller.leave-timeout")
+    ends_at: Annotated[float, PlainValidator(_moment)] | None = _configured(
+        "worker.ends-at"
+    )
+    end_margin_s: Seconds = _configured("worker.end-margin")
+    signal_timeout_s: Seconds = _configured("worker.signal-timeout")
     window_bytes: Annotated[ByteCount, AfterValidator(_positive)] = _configured(
         "transport.window"
     )

@@ -16,6 +16,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 
 from daskserve import pickling
 from daskserve.config import HTTPOptions, Settings
+from daskserve.leaving import Farewell
 from daskserve.proxy.server import HTTPServer
 from daskserve.proxy.windows import Windows
 from daskserve.replica.actor import PLUGIN_NAME, ReplicaSpec
@@ -27,7 +28,9 @@ from daskserve.transport.loops import LoopThread
 from daskserve.transport.messages import (
     OP_BIND,
     OP_CHANNEL,
+    OP_SHARE,
     OP_UNBIND,
+    OP_UNLISTEN,
     STREAM_ACK,
     STREAM_COMMAND,
     STREAM_HELLO,
@@ -57,6 +60,7 @@ class ServeWorkerPlugin(WorkerPlugin):
         self._server: HTTPServer | None = None
         self._channels: set[Any] = set()
         self._closed = False
+        self._farewell: Farewell | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ServeWorkerPlugin, ()
@@ -85,16 +89,22 @@ class ServeWorkerPlugin(WorkerPlugin):
         worker.handlers[OP_CHANNEL] = self._serve_channel
         worker.handlers[OP_BIND] = self._bind
         worker.handlers[OP_UNBIND] = self._unbind
+        worker.handlers[OP_SHARE] = self._share
+        worker.handlers[OP_UNLISTEN] = self._unlisten
         worker.stream_handlers[STREAM_ROUTES] = self._take_routes
         worker.stream_handlers[STREAM_LOST] = self._take_lost
         worker.stream_handlers[STREAM_QUEUED] = self._take_queued
         worker.stream_handlers[STREAM_COMMAND] = self._take_command
-        self._send({"op": STREAM_HELLO})
+        self._farewell = Farewell(worker, self.session.settings)
+        self._farewell.install()
+        self._send({"op": STREAM_HELLO, "ends_in_s": self._farewell.ends_in_s})
 
     async def teardown(self, worker: Worker) -> None:
         """Close everything, within a bounded time, and never raise."""
         self._closed = True  # our ops stay, for who has not heard of it yet
         worker_sessions.pop(worker.address, None)
+        if self._farewell is not None:
+            self._farewell.uninstall()
         try:
             async with asyncio.timeout(10):
                 await self._unbind(drain_s=0)
@@ -193,11 +203,30 @@ class ServeWorkerPlugin(WorkerPlugin):
         self._server = server
         return {"url": url, "port": server.port}
 
-    async def _unbind(self, drain_s: float) -> dict[str, Any]:
-        """Stop the HTTP server, if there is one."""
+    async def _unbind(
+        self, drain_s: float, idle_s: float | None = None
+    ) -> dict[str, Any]:
+        """Stop the HTTP server, if there is one; gently if `idle_s` is given."""
         server, self._server = self._server, None
         if server is not None and self._thread is not None:
-            await asyncio.wrap_future(self._thread.submit(server.stop(drain_s)))
+            if idle_s is None:
+                stop = server.stop(drain_s)
+            else:
+                stop = server.retire(drain_s, idle_s)
+            await asyncio.wrap_future(self._thread.submit(stop))
+        return {}
+
+    async def _share(self, shared: bool) -> dict[str, Any]:
+        """Let another process bind the port of the HTTP server, or no more."""
+        if self._server is not None and self._thread is not None:
+            self._thread.call_soon(self._server.share, shared)
+        return {}
+
+    async def _unlisten(self, others: int) -> dict[str, Any]:
+        """Leave new connections to others that listen on the same port."""
+        if self._server is not None and self._thread is not None:
+            listening = self._server.unlisten(others)
+            await asyncio.wrap_future(self._thread.submit(listening))
         return {}
 
     # Replicas.

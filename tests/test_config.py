@@ -746,6 +746,10 @@ def test_settings_defaults() -> None:
         "ack_timeout_s": 5,
         "max_constructor_failures": 3,
         "max_constructor_failures_total": 20,
+        "leave_timeout_s": 300,
+        "ends_at": None,
+        "end_margin_s": 60,
+        "signal_timeout_s": 20,
         "window_bytes": 2**20,
         "direct": True,
         "proxy_buffer_bytes": 2**28,
@@ -832,8 +836,9 @@ def test_packaged_keys_are_all_known() -> None:
         names = {name for s, name, _ in CONFIGURED if s == section}
         keys = {name.removesuffix("_s").replace("_", "-") for name in names}
         assert set(packaged[section]) == keys
-    assert set(packaged) == {"http", "deployment", "controller", "transport"}
-    assert len(packaged["controller"]) + len(packaged["transport"]) == len(
+    inside = {"controller", "worker", "transport"}
+    assert set(packaged) == {"http", "deployment", *inside}
+    assert sum(len(packaged[section]) for section in inside) == len(
         Settings.model_fields
     )
 

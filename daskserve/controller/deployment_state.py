@@ -156,7 +156,7 @@ class ManagedDeployment:
     # What is there
 
     def alive(self, goal: Goal) -> list[Replica]:
-        """Replicas of a goal's code, but for those told to stop.
+        """Replicas of a goal's code, but for those told to stop or to be replaced.
 
         Parameters
         ----------
@@ -171,7 +171,9 @@ class ManagedDeployment:
         return [
             r
             for r in self.replicas.values()
-            if r.generation == goal.generation and r.state != ReplicaState.STOPPING
+            if r.generation == goal.generation
+            and r.state != ReplicaState.STOPPING
+            and not r.outgoing
         ]
 
     def running(self, goal: Goal) -> list[Replica]:
@@ -291,7 +293,9 @@ class ManagedDeployment:
         self.shared.owners[replica.replica_id] = self
         return replica
 
-    def stop(self, replica: Replica, now: float) -> None:
+    def stop(
+        self, replica: Replica, now: float, at_most_s: float = float("inf")
+    ) -> None:
         """Tell a replica to drain; one that was never sent just vanishes.
 
         Parameters
@@ -300,11 +304,13 @@ class ManagedDeployment:
             Any that is not stopping yet.
         now
             Time in seconds.
+        at_most_s
+            Upper limit of its grace period.
         """
         if replica.state == ReplicaState.PENDING:
             self._forget(replica)
             return
-        grace_s = replica.spec.graceful_shutdown_timeout_s
+        grace_s = min(replica.spec.graceful_shutdown_timeout_s, at_most_s)
         poll_s = replica.spec.graceful_shutdown_wait_loop_s
         replica.enter(ReplicaState.STOPPING, "draining", now)
         replica.stop_deadline = now + grace_s + STOP_MARGIN_S

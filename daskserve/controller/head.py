@@ -56,7 +56,9 @@ class HeadProxy:
         )
         self._server: Any = None
 
-    async def bind(self, options: bytes, port: int, routes: Any) -> dict[str, Any]:
+    async def bind(
+        self, options: bytes, port: int, routes: Any, share_port: bool
+    ) -> dict[str, Any]:
         """Start the server; return its URL and port, or what went wrong."""
         # Only here does a scheduler need uvicorn.
         from daskserve.proxy.server import HTTPServer
@@ -70,13 +72,18 @@ class HeadProxy:
             windows = Windows(settings.proxy_buffer_bytes, settings.window_bytes)
             server = HTTPServer(self._dispatcher, http_options, windows, where)
             starting = server.start(
-                port=port, share_port=False, probe=False, routes=routes
+                port=port, share_port=share_port, probe=False, routes=routes
             )
             url = await asyncio.wrap_future(self._thread.submit(starting))
         except Exception as err:
             return {"error": str(err) or repr(err)}
         self._server = server
         return {"url": url, "port": server.port}
+
+    def share(self, shared: bool) -> None:
+        """Let others of the same user bind the port as well, or nobody any more."""
+        if self._server is not None:
+            self._thread.call_soon(self._server.share, shared)
 
     def take_routes(self, version: int, snapshot: dict[str, Any]) -> None:
         """Pass a snapshot on to the server's thread."""

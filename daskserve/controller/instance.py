@@ -23,7 +23,8 @@ from daskserve.controller.actions import (
     StartReplica,
     StopReplica,
 )
-from daskserve.controller.launcher import Launcher
+from daskserve.controller.launcher import Launcher, is_ours
+from daskserve.controller.leaving import LeaveBoard, needed_workers
 from daskserve.controller.placement import WorkerView
 from daskserve.controller.proxy_manager import HTTPConfig, ProxyManager
 from daskserve.controller.publisher import Publisher
@@ -61,8 +62,10 @@ class Instance:
         self.owner = owner
         self.publisher = Publisher(scheduler, settings.ack_timeout_s)
         self.proxies = ProxyManager(scheduler, self.publisher, http, self.publisher.has)
+        #: Workers that are about to leave.
+        self.leaving = LeaveBoard()
+        self.settings = settings
         self._scheduler = scheduler
-        self._settings = settings
         self._state = ControllerState(
             new_suffix=_new_suffix,
             # Ids of an instance before this one must not be taken for ours.
@@ -72,7 +75,7 @@ class Instance:
         self._launcher = Launcher(scheduler, self._replica_failed)
         self._waiting: dict[int, asyncio.Future[Failure | None]] = {}
         self._wake = asyncio.Event()
-        self._closed = False
+        self.closed = False
         self._loop_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -91,13 +94,13 @@ class Instance:
 
     async def shutdown(self) -> None:
         """Delete all deployments, stop the proxies, end."""
-        if not self._closed:
+        if not self.closed:
             await self._settled(self._state.shutdown())
             await self.close()
 
     async def close(self) -> None:
         """End at once what is left."""
-        self._closed = True
+        self.closed = True
         self._wake.set()
         for future in self._waiting.values():
             if not future.done():
@@ -132,6 +135,23 @@ class Instance:
         """Return the names of all deployments."""
         return self._state.names()
 
+    def has_left(self, worker: str) -> bool:
+        """Whether nothing of ours is on a worker any more."""
+        ws = self._scheduler.workers.get(worker)
+        if ws is None:
+            return True
+        return (
+            worker not in self.proxies.records
+            and worker not in self._state.workers_in_use()
+            and not any(is_ours(ts.key) for ts in ws.actors)
+        )
+
+    def needed_workers(self) -> set[str]:
+        """Return the workers that are to stay when the cluster is made smaller."""
+        return needed_workers(
+            self._state.demands(), self._views(), self.proxies.records.keys()
+        )
+
     def status(self) -> dict[str, Any]:
         """Return everything that users may want to know, as plain data."""
         return {
@@ -159,18 +179,21 @@ class Instance:
 
     # News.
 
-    def worker_added(self) -> None:
-        """Look again: there may be room now."""
+    def look(self) -> None:
+        """Look again: something is wanted, or there may be room now."""
         self._wake.set()
 
-    def hello(self, worker: str) -> None:
-        """Note that a worker's plugin is set up."""
+    def hello(self, worker: str, ends_in_s: float | None = None) -> None:
+        """Note that a worker's plugin is set up, and how long the worker has."""
+        if ends_in_s is not None:
+            self.leaving.ends(worker, time.monotonic() + ends_in_s)
         self.publisher.subscribe(worker)
         self._wake.set()
 
     def worker_removed(self, worker: str) -> None:
         """Replace what was on a worker that has gone."""
         self.publisher.worker_lost(worker)
+        self.leaving.gone(worker)
         reason = f"worker {worker} left the cluster"
         self._state.worker_lost(worker, reason, now=time.monotonic())
         self._wake.set()
@@ -228,7 +251,7 @@ class Instance:
     # The loop: compare what is wanted with what is there, again and again.
 
     async def _run(self) -> None:
-        while not self._closed:
+        while not self.closed:
             self._wake.clear()
             began = time.monotonic()
             try:
@@ -240,7 +263,7 @@ class Instance:
             # replicas that start would leave the scheduler no time for anything else.
             await asyncio.sleep(time.monotonic() - began)
             try:
-                async with asyncio.timeout(self._settings.tick_s):
+                async with asyncio.timeout(self.settings.tick_s):
                     await self._wake.wait()
             except TimeoutError:
                 pass
@@ -249,6 +272,12 @@ class Instance:
         if self._scheduler.status != Status.running:
             return  # it closes, and its workers go for good
         now = time.monotonic()
+        if self.leaving:
+            workers = self._scheduler.workers.items()
+            running = {a for a, ws in workers if ws.status == Status.running}
+            self.leaving.sweep(now, running)
+            if self.publisher.is_known():
+                self._state.routing_known()
         views = self._views()
         actions = self._state.reconcile(now, views)
         self.publisher.publish(self._state.routing())
@@ -301,6 +330,7 @@ class Instance:
         return result
 
     def _views(self) -> dict[str, WorkerView]:
+        now, leaving = time.monotonic(), self.leaving
         return {
             address: WorkerView(
                 address=address,
@@ -310,6 +340,8 @@ class Instance:
                 free_threads=ws.nthreads - len(ws.processing),
                 resources=dict(ws.resources),
                 accepting=ws.status == Status.running and self.publisher.has(address),
+                leaving=leaving.get(address),
+                ends_soon=leaving.ends_soon(address, now),
             )
             for address, ws in self._scheduler.workers.items()
         }

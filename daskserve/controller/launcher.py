@@ -18,6 +18,13 @@ logger = logging.getLogger(__name__)
 
 #: Before ordinary tasks: creating a replica takes a thread for a moment only.
 PRIORITY = 1_000_000
+#: What the keys of our actors begin with.
+KEY_PREFIX = "daskserve-"
+
+
+def is_ours(key: Any) -> bool:
+    """Whether a key is that of a replica's actor."""
+    return str(key).startswith(KEY_PREFIX)
 
 
 class Launcher:
@@ -106,7 +113,7 @@ class Launcher:
                 Replica,
                 spec,
                 actor=True,
-                key=f"daskserve-{action.tag}-{action.replica_id}",
+                key=f"{KEY_PREFIX}{action.tag}-{action.replica_id}",
                 workers=[action.worker],
                 allow_other_workers=False,
                 pure=False,

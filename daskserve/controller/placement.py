@@ -22,7 +22,49 @@ _MAX_LISTED = 5
 
 #: How a worker compares with others for a deployment's next replica, the lowest being
 #: the best; see `Search`.
-Rank: TypeAlias = tuple[bool, int, int, int, int, str]
+Rank: TypeAlias = tuple[int, bool, int, int, int, int, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leaving:
+    """Why and when a worker leaves.
+
+    Parameters
+    ----------
+    reason
+        Half a sentence about the worker, such as ``"is retired"``.
+    since
+        When that was announced; time in seconds.
+    deadline
+        Until when it may be used.
+    may_return
+        Whether one like it may come back soon, as after ``--lifetime``.
+    at_once
+        Whether nothing need wait for what comes elsewhere, for nothing will.
+    """
+
+    reason: str
+    since: float
+    deadline: float
+    may_return: bool = False
+    at_once: bool = False
+
+    def let_go_at(self, grace_s: float) -> float:
+        """When a replica has to stop taking requests, whatever is elsewhere.
+
+        Parameters
+        ----------
+        grace_s
+            Seconds that requests in it may take to end.
+
+        Returns
+        -------
+        float
+            Time in seconds.
+        """
+        if self.at_once:
+            return self.since
+        return self.deadline - min(grace_s, (self.deadline - self.since) / 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +87,10 @@ class WorkerView:
         Its Dask resources, as totals.
     accepting
         Whether it takes new work: running, neither paused nor closing.
+    leaving
+        Why and when it leaves; None if it stays.
+    ends_soon
+        Whether its time ends soon, so that others are better.
     """
 
     address: str
@@ -54,6 +100,8 @@ class WorkerView:
     free_threads: int
     resources: Mapping[str, float]
     accepting: bool
+    leaving: Leaving | None = None
+    ends_soon: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +199,8 @@ class Occupancy:
         """
         address = view.address
         busy = view.free_threads <= self.sent[address]
-        return busy, failures, own_host, own, self.load[address], address
+        last = 2 if view.leaving else int(view.ends_soon)
+        return last, busy, failures, own_host, own, self.load[address], address
 
     def ranks(self, views: Mapping[str, WorkerView]) -> list[Rank]:
         """Rank all workers as for a deployment that has nothing anywhere.
@@ -194,6 +243,8 @@ class Search:
 
     Of the workers that match and have room, the first in this order is taken:
 
+    0. one that stays, then one whose time ends soon, then one that leaves but is the
+       last to do so (`lender`);
     1. one with a free thread: without, the actor is not even created until some task
        ends, which may take hours. A replica that serves now is worth more than a
        better spread, so this goes before everything else;
@@ -219,6 +270,8 @@ class Search:
         The same per host.
     failures
         How often the constructor failed per worker.
+    lender
+        A worker that leaves and is to be used all the same.
     """
 
     def __init__(
@@ -231,7 +284,9 @@ class Search:
         own: Mapping[str, int],
         own_hosts: Mapping[str, int],
         failures: Mapping[str, int],
+        lender: str | None = None,
     ) -> None:
+        self._lender = lender
         self._resources = resources
         self._workers = workers
         self._views = views
@@ -272,6 +327,7 @@ class Search:
     def _has_room(self, view: WorkerView) -> bool:
         return (
             view.accepting
+            and (view.leaving is None or view.address == self._lender)
             and matches(view, self._workers)
             and fits(view, self._resources, self._occupancy, {})
         )
@@ -350,17 +406,35 @@ def _why_nowhere(
     if not matching:
         known = _listed(f"{v.address} ({v.name})" for v in _sorted(views.values()))
         return Unplaceable(f"no worker matches workers={workers!r}; there are {known}")
-    offering = [v for v in matching if _offers(v, resources)]
+    offering = [v for v in matching if offers(v, resources)]
     if not offering:
         return Unplaceable(_nobody_offers(resources, matching, restricted=workers))
     accepting = [v for v in offering if v.accepting]
     if not accepting:
         known = _listed(v.address for v in _sorted(offering))
         return Unplaceable(f"paused or closing: {known}, and no other worker will do")
-    return _crowded(resources, accepting, occupancy)
+    staying = [v for v in accepting if v.leaving is None]
+    if not staying:
+        known = _listed(v.address for v in _sorted(accepting))
+        return Unplaceable(f"about to leave: {known}, and no other worker will do")
+    return _crowded(resources, staying, occupancy)
 
 
-def _offers(view: WorkerView, resources: Mapping[str, float]) -> bool:
+def offers(view: WorkerView, resources: Mapping[str, float]) -> bool:
+    """Whether a worker has enough in principle, if nothing of it is in use.
+
+    Parameters
+    ----------
+    view
+        The worker.
+    resources
+        Amounts needed.
+
+    Returns
+    -------
+    bool
+        True if it has.
+    """
     return all(
         view.resources.get(name, 0.0) >= amount - _EPSILON
         for name, amount in resources.items()

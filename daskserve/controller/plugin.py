@@ -15,8 +15,10 @@ from typing import Any
 from distributed import Scheduler
 from distributed.core import Status
 from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.scheduler import WorkerState
 
 from daskserve.controller.actions import Failure
+from daskserve.controller.departures import Departures
 from daskserve.controller.instance import Instance
 from daskserve.controller.proxy_manager import HTTPConfig
 from daskserve.controller.records import Spec
@@ -67,6 +69,7 @@ class ServeController(SchedulerPlugin):
     def __init__(self) -> None:
         self._scheduler: Scheduler | None = None
         self._instance: Instance | None = None
+        self._departures: Departures | None = None
         self._starting = asyncio.Lock()
         #: Clients with handles, which outlive an instance: they get the next one's.
         self._clients: set[str] = set()
@@ -82,6 +85,7 @@ class ServeController(SchedulerPlugin):
         if self._scheduler is not None:
             return
         self._scheduler = scheduler
+        self._departures = Departures(scheduler, lambda: self._instance)
         for op in (
             self.serve_start,
             self.serve_info,
@@ -109,7 +113,7 @@ class ServeController(SchedulerPlugin):
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
         """Look again: there may be room now."""
         if self._instance is not None:
-            self._instance.worker_added()
+            self._instance.look()
 
     def remove_worker(
         self, scheduler: Scheduler, worker: str, *, stimulus_id: str, **kwargs: Any
@@ -131,8 +135,16 @@ class ServeController(SchedulerPlugin):
 
     def restart(self, scheduler: Scheduler) -> None:
         """Replace everything: all actors are gone."""
+        if self._departures is not None:
+            self._departures.restarted()
         if self._instance is not None:
             self._instance.restarted()
+
+    def valid_workers_downscaling(
+        self, scheduler: Scheduler, workers: list[WorkerState]
+    ) -> list[WorkerState]:
+        """Choose the workers that ``adapt()`` may close."""
+        return workers if self._departures is None else self._departures.spare(workers)
 
     def transition(
         self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any
@@ -145,9 +157,9 @@ class ServeController(SchedulerPlugin):
     # Streams.
 
     @never_raises
-    def _hello(self, worker: str) -> None:
+    def _hello(self, worker: str, ends_in_s: float | None = None) -> None:
         if self._instance is not None:
-            self._instance.hello(worker)
+            self._instance.hello(worker, ends_in_s)
 
     @never_raises
     def _ack(

@@ -8,6 +8,9 @@ from urllib.parse import urlsplit
 
 from daskserve.controller.placement import WorkerView
 
+#: How long a server on a worker that leaves needs to be rid of its clients.
+DRAIN_S = 5.0
+
 #: Stands for a server in a thread of its own in the scheduler process.
 SCHEDULER = "scheduler"
 
@@ -22,6 +25,7 @@ def desired_proxies(
     scheduler_hosts: frozenset[str],
     views: Mapping[str, WorkerView],
     current: Collection[str],
+    now: float = 0.0,
 ) -> set[str]:
     """Decide who should run an HTTP server.
 
@@ -41,6 +45,8 @@ def desired_proxies(
         The workers of the cluster by address.
     current
         Who runs one now: addresses of workers and :data:`SCHEDULER`.
+    now
+        Time in seconds.
 
     Returns
     -------
@@ -59,11 +65,13 @@ def desired_proxies(
         )
     if not enabled or location in ("NoServer", None):
         return set()
+    if views and all(v.leaving and v.leaving.at_once for v in views.values()):
+        return {SCHEDULER} & set(current)
     if location == "EveryNode" and one_per_host:
         hosts = {view.host for view in views.values()}
         return {_one_of(host, views, current) for host in hosts}
     if location == "EveryNode":
-        return set(views)
+        return {a for a, view in views.items() if _goes_on(view, views, current, now)}
     return {_head(scheduler_hosts, views, current)}
 
 
@@ -87,7 +95,11 @@ def _head(
     hosts = {_canonical(host) for host in scheduler_hosts}
     # A worker known by a loopback address can only be on the scheduler's own host.
     hosts.add(_LOOPBACK)
-    local = [view for view in views.values() if _canonical(view.host) in hosts]
+    local = [
+        view
+        for view in views.values()
+        if view.leaving is None and _canonical(view.host) in hosts
+    ]
     holding = [view.address for view in local if view.address in current]
     willing = [view.address for view in local if view.accepting]
     return min(holding or willing, default=SCHEDULER)
@@ -96,8 +108,36 @@ def _head(
 def _one_of(
     host: str, views: Mapping[str, WorkerView], current: Collection[str]
 ) -> str:
-    there = [view.address for view in views.values() if view.host == host]
-    return min((a for a in there if a in current), default=min(there))
+    there = [view for view in views.values() if view.host == host]
+    there = [view for view in there if view.leaving is None] or there
+    holding = [view.address for view in there if view.address in current]
+    return min(holding or [view.address for view in there])
+
+
+def _goes_on(
+    view: WorkerView,
+    views: Mapping[str, WorkerView],
+    current: Collection[str],
+    now: float,
+) -> bool:
+    """Whether a worker is to serve, though it may be about to leave.
+
+    The last one of its host goes on while another may come, or as long as there is no
+    other worker at all, for somebody has to hold the port.
+    """
+    leaving = view.leaving
+    if leaving is None:
+        return True
+    if now >= leaving.let_go_at(DRAIN_S):
+        return False
+    rank = (leaving.deadline, leaving.since, view.address)
+    for other in views.values():
+        if other.host != view.host or other.address not in current:
+            continue
+        after = other.leaving
+        if after is None or (after.deadline, after.since, other.address) > rank:
+            return False
+    return leaving.may_return or all(other.leaving for other in views.values())
 
 
 def _canonical(host: str) -> str:

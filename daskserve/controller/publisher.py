@@ -55,6 +55,7 @@ class Publisher:
         self._scheduler = scheduler
         self._ack_timeout_s = ack_timeout_s
         self._acked: dict[Subscriber, int] = {}
+        self._published_at = 0.0
         self._ack = asyncio.Event()
         self._local: LocalSubscriber | None = None
         #: Who has how many requests waiting.
@@ -67,6 +68,7 @@ class Publisher:
             base = self.version
             self.snapshot = snapshot
             self.version += 1
+            self._published_at = time.monotonic()
             for subscriber in list(self._acked):
                 # It has been sent that one: messages come in order, or not at all.
                 self._send(subscriber, changes, base)
@@ -96,6 +98,11 @@ class Publisher:
         if version > self._acked.get(subscriber, version):
             self._acked[subscriber] = version
             self._ack.set()
+
+    def is_known(self) -> bool:
+        """Whether all have the present snapshot, or have had the time to take it."""
+        late = time.monotonic() - self._published_at >= self._ack_timeout_s
+        return late or not self._behind(self.version)
 
     async def wait_acked(self) -> list[Subscriber]:
         """Wait until all have the present snapshot; return those who do not answer.

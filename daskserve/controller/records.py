@@ -193,6 +193,12 @@ class Replica:
     reconfiguring: bool = False
     #: When a stopping one is given up.
     stop_deadline: float = 0.0
+    #: Whether all proxies and handles have been told of it.
+    known: bool = False
+    #: Whether its worker leaves, so that another is to take its place.
+    outgoing: bool = False
+    #: Whether its worker leaves, but nobody else would have it.
+    lent: bool = False
 
     def ready_for(self, goal: Goal) -> bool:
         """Whether it runs with a goal's configuration.

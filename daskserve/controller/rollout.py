@@ -15,6 +15,7 @@ from daskserve.controller import events
 from daskserve.controller.actions import ReconfigureReplica, StartReplica
 from daskserve.controller.deployment_state import ManagedDeployment
 from daskserve.controller.goals import count_failure, judge, waits_for
+from daskserve.controller.moving import lender, let_go, mark_outgoing
 from daskserve.controller.placement import (
     Occupancy,
     Search,
@@ -61,7 +62,10 @@ def is_at_rest(d: ManagedDeployment, views: Mapping[str, WorkerView]) -> bool:
     bool
         True if it can be passed over, which is what a big cluster lives on.
     """
-    return d.at_rest and all(r.worker in views for r in d.replicas.values())
+    return d.at_rest and all(
+        (view := views.get(r.worker)) is not None and view.leaving is None
+        for r in d.replicas.values()
+    )
 
 
 # First half: what time and workers did
@@ -81,6 +85,7 @@ def observe(d: ManagedDeployment, now: float, views: Mapping[str, WorkerView]) -
     """
     _lose_workers(d, now, views)
     _give_up_draining(d, now)
+    mark_outgoing(d, now, views)
     if d.deleting:
         return
     if d.target.in_progress:
@@ -147,6 +152,7 @@ def advance(d: ManagedDeployment, this: Pass) -> None:
         d.target.rolling = True
     goals = d.upkeep()
     _stop_unwanted(d, goals, this.now)
+    let_go(d, goals, this.now, this.views)
     for goal in goals:
         _trim(d, goal, this)
         _reconfigure(d, goal, this.now)
@@ -243,6 +249,7 @@ def _place_pending(d: ManagedDeployment, goal: Goal, this: Pass) -> int:
         own=own,
         own_hosts=own_hosts,
         failures=goal.failed_on,
+        lender=lender(goal.spec, this.views, this.now),
     )
     for number, replica in enumerate(due):
         found = search.next()
@@ -340,6 +347,7 @@ def _helps(
     }
     return (
         view.accepting
+        and view.leaving is None
         and matches(view, spec.workers)
         and fits(view, spec.resources, this.occupancy, given_back)
     )
@@ -351,6 +359,9 @@ def _is_in_order(d: ManagedDeployment) -> bool:
     goal = d.target if d.target.reached else d.serving
     wanted = goal.spec.num_replicas if goal else 0
     return len(d.replicas) == wanted and all(
-        goal is not None and r.generation == goal.generation and r.ready_for(goal)
+        goal is not None
+        and r.generation == goal.generation
+        and r.ready_for(goal)
+        and not r.outgoing
         for r in d.replicas.values()
     )

@@ -7,6 +7,7 @@ all of that is passed in. The plugin calls the events as they come, then
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
@@ -314,6 +315,36 @@ class ControllerState:
         """
         if found := self._find(replica_id):
             events.reconfigured(*found, config_generation, error, now)
+
+    def routing_known(self) -> None:
+        """Note that everybody has what :meth:`routing` returned last."""
+        for d in self._live.values():
+            for replica_id, *_ in (d.routing or {}).get("replicas", ()):
+                if replica_id in d.replicas:
+                    d.replicas[replica_id].known = True
+
+    def workers_in_use(self) -> set[str]:
+        """Find where replicas are, stopping ones too.
+
+        Returns
+        -------
+        set of str
+            Addresses of workers.
+        """
+        return {r.worker for d in self._all() for r in d.replicas.values() if r.worker}
+
+    def demands(self) -> list[tuple[Spec, Counter[str]]]:
+        """Tell what all deployments need, and where they have it.
+
+        Returns
+        -------
+        list of tuple
+            Of each: what is wanted, and its number of replicas per worker.
+        """
+        return [
+            (d.current.spec, Counter(r.worker for r in d.replicas.values() if r.worker))
+            for d in self._live.values()
+        ]
 
     def knows(self, replica_id: int) -> bool:
         """Whether a replica is one that is there for something.

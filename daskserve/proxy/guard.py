@@ -56,6 +56,8 @@ class Guard:
         self.connections: set[GuardedProtocol] = set()
         #: Those between two requests; who has been idle for longest comes first.
         self.idle: dict[GuardedProtocol, None] = {}
+        #: Whether connections end with the response that they wait for next.
+        self.closing = False
 
     @property
     def protocol(self) -> Callable[..., asyncio.Protocol]:
@@ -68,6 +70,19 @@ class Guard:
             connection.check(now)
         if self.express is not None:
             self.express.sweep(now)
+
+    def close_gently(self) -> None:
+        """Let every connection end with its next response, which says so."""
+        self.closing = True
+        for connection in self.connections:
+            if connection.cycle is not None:
+                connection.cycle.keep_alive = False
+
+    def close_idle(self, idle_s: float, now: float) -> None:
+        """Close the connections on which nothing was asked for some time."""
+        for connection in list(self.idle):
+            if now - connection.idle_since >= idle_s:
+                connection.transport.close()
 
     def make_room(self) -> bool:
         """Close the connection that has been idle for longest, if there is one."""
@@ -95,8 +110,8 @@ class GuardedProtocol(HttpProtocol):
         #: Since when a request's head is awaited; None if its first byte is, which
         #: is what the time for keeping a connection alive is about.
         self._head_since: float | None = None
-        #: Since when the next request is awaited.
-        self._idle_since = self.loop.time()
+        #: Since when the next request is awaited; or was, if it is being answered.
+        self.idle_since = self.loop.time()
         #: No less than the size of the head until now.
         self._head_bytes = 0
         self._last_data = b""
@@ -156,6 +171,10 @@ class GuardedProtocol(HttpProtocol):
         if self._full:
             self.scope[FULL_KEY] = True  # type: ignore[literal-required]
             self._keep_alive = False
+        if self._guard.closing:
+            self._keep_alive = False
+            if self.cycle is not None and not self._pending:
+                self.cycle.keep_alive = False  # one that waits for its turn
 
     def on_message_complete(self) -> None:
         """Note that the body is there."""
@@ -171,7 +190,7 @@ class GuardedProtocol(HttpProtocol):
     def on_response_complete(self) -> None:
         """Wait for the next request; uvicorn's would set a timer for that."""
         self.server_state.total_requests += 1
-        self._idle_since = now = self.loop.time()
+        self.idle_since = now = self.loop.time()
         if self._head_since is not None:  # its head has begun to come already
             self._head_since = now
         if not self.transport.is_closing():
@@ -228,7 +247,7 @@ class GuardedProtocol(HttpProtocol):
         if since is not None and not responding:
             if now - since > guard.header_timeout_s:
                 self._refuse(HTTPStatus.REQUEST_TIMEOUT)
-        elif self in guard.idle and now - self._idle_since > guard.keep_alive_timeout_s:
+        elif self in guard.idle and now - self.idle_since > guard.keep_alive_timeout_s:
             self.transport.close()
         elif not responding and self._unsent is None:
             # After its end a response can wait below the mark that pauses writing.

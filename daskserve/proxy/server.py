@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import socket
 import stat
@@ -21,16 +22,21 @@ from daskserve.proxy.forwarded import ForwardedHeaders
 from daskserve.proxy.forwarder import Forwarder
 from daskserve.proxy.front import wrap
 from daskserve.proxy.guard import SWEEP_S, Guard
+from daskserve.proxy.steering import accept_all, reset, steer_away
 from daskserve.proxy.websocket_protocol import WebSocketProtocol
 from daskserve.proxy.windows import Windows
 from daskserve.transport.dispatcher import Dispatcher
 from daskserve.transport.silence import keep_alive
+
+logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 #: How often a WebSocket's client is asked whether it is there, and how long it may
 #: take to answer.
 PING_INTERVAL_S = 20.0
 PING_TIMEOUT_S = 20.0
+#: How long handshakes with clients may take that had begun when others took over.
+HANDSHAKE_S = 0.3
 
 
 class HTTPServer:
@@ -64,6 +70,9 @@ class HTTPServer:
         self._guard = Guard(options)
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
+        self._sock: socket.socket | None = None
+        self._unix_inode: int | None = None
+        self._adopting: set[asyncio.Task[Any]] = set()
 
     async def start(
         self, *, port: int, share_port: bool, probe: bool, routes: Mapping[str, str]
@@ -77,7 +86,8 @@ class HTTPServer:
         share_port
             Whether other workers of this host bind the same port (``SO_REUSEPORT``).
         probe
-            Whether nobody may hold the port yet, not even for sharing.
+            Whether nobody may hold the port yet, not even for sharing. Without, the
+            path of a Unix socket is taken over from who listens there.
         routes
             The routing table to begin with.
 
@@ -88,7 +98,7 @@ class HTTPServer:
         """
         options = self._options
         try:
-            sock = self._bind(port, share_port, probe)
+            sock = self._sock = self._bind(port, share_port, probe)
         except (OSError, ValueError) as err:
             raise ProxyStartError(self._bind_error(port, err)) from err
         try:
@@ -114,6 +124,71 @@ class HTTPServer:
         await self._server.ready.wait()
         return self.url
 
+    def share(self, shared: bool) -> None:
+        """Let others of the same user bind the port as well, or nobody any more.
+
+        What new connections were told of a listener that has left is forgotten.
+        """
+        if self._sock is not None and self._options.uds is None:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
+            reset(self._sock)
+
+    async def unlisten(self, others: int) -> None:
+        """Leave new connections to the `others` that listen on the same port.
+
+        Those that have come this far are served on.
+        """
+        sock, server = self._sock, self._server
+        if sock is None or server is None:
+            return
+        if self._options.uds is None:
+            self._adopt(steer_away(sock, others) or [])
+        if others:
+            await asyncio.sleep(HANDSHAKE_S)
+        last = accept_all(sock)
+        for listener in server.servers:
+            listener.close()
+        sock.close()
+        self._sock = None
+        self._adopt(last)
+
+    def _adopt(self, connections: list[socket.socket]) -> None:
+        """Serve connections that were not accepted by the loop."""
+        loop = asyncio.get_running_loop()
+        assert self._server is not None
+        for connection in connections:
+            connection.setblocking(False)
+            task = loop.create_task(
+                loop.connect_accepted_socket(
+                    self._server.make_protocol, connection, ssl=self._server.config.ssl
+                )
+            )
+            self._adopting.add(task)
+            task.add_done_callback(self._adopted)
+
+    def _adopted(self, task: asyncio.Task[Any]) -> None:
+        self._adopting.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.debug("that client has gone already", exc_info=task.exception())
+
+    async def retire(self, drain_s: float, idle_s: float) -> None:
+        """Stop when clients have gone elsewhere, which they are asked to do.
+
+        Parameters
+        ----------
+        drain_s
+            How long that may take.
+        idle_s
+            After how long without a request connections are closed.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + drain_s
+        self._guard.close_gently()
+        while self._guard.connections and loop.time() < end:
+            self._guard.close_idle(idle_s, loop.time())
+            await asyncio.sleep(0.05)
+        await self.stop(max(0.0, end - loop.time()))
+
     async def stop(self, drain_s: float) -> None:
         """Stop listening, let requests finish for up to `drain_s`, close."""
         if self._server is None or self._task is None:
@@ -126,7 +201,8 @@ class HTTPServer:
         await asyncio.wait([self._task], timeout=1)
         if self._options.uds is not None:
             with contextlib.suppress(OSError):
-                os.unlink(self._options.uds)
+                if os.stat(self._options.uds).st_ino == self._unix_inode:
+                    os.unlink(self._options.uds)
 
     def _take_snapshot(self, snapshot: Mapping[str, Any]) -> None:
         self._forwarder.set_routes(dict(snapshot["routes"]))
@@ -172,7 +248,10 @@ class HTTPServer:
 
     def _bind(self, port: int, share_port: bool, probe: bool) -> socket.socket:
         if self._options.uds is not None:
-            return _bind_unix(self._options.uds)
+            replace = share_port and not probe
+            sock = _bind_unix(self._options.uds, replace)
+            self._unix_inode = os.stat(self._options.uds).st_ino
+            return sock
         assert self._options.host is not None
         host = _address(self._options.host)
         if probe and port:
@@ -202,6 +281,15 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self.ready = asyncio.Event()
         self._guard = guard
+
+    def make_protocol(self) -> asyncio.Protocol:
+        """Make the protocol of a connection, as uvicorn does for its own."""
+        protocol: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+        return protocol
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -258,13 +346,14 @@ def _remove_deserted(path: str) -> None:
             os.unlink(path)
 
 
-def _bind_unix(path: str) -> socket.socket:
+def _bind_unix(path: str, replace: bool) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    bound = f"{path}.{os.getpid()}" if replace else path
     # The permissions are set by the mask, so that there is no moment without them.
     mask = os.umask(0o177)
     try:
-        _remove_deserted(path)
-        sock.bind(path)
+        _remove_deserted(bound)
+        sock.bind(bound)
     except BaseException:
         sock.close()
         raise
@@ -272,4 +361,6 @@ def _bind_unix(path: str) -> socket.socket:
         os.umask(mask)
     sock.listen(BACKLOG)
     sock.setblocking(False)
+    if replace:
+        os.rename(bound, path)  # at once: there is no moment without a listener
     return sock

@@ -1,0 +1,187 @@
+"""Workers leave in an orderly way: Dask's ops that end them wait for us. Scheduler.
+
+Whoever retires a worker (``Client.retire_workers``, ``cluster.scale()``, ``adapt()``,
+``--lifetime``), or a worker that closes, waits until nothing of ours is left there.
+Dask would not retire a worker that holds an actor, but those who asked close it all the
+same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from distributed import Scheduler
+from distributed.scheduler import WorkerState
+
+from daskserve.controller.instance import Instance
+from daskserve.controller.leaving import addresses_of
+from daskserve.controller.placement import Leaving
+from daskserve.transport.messages import OP_LEAVE
+
+logger = logging.getLogger(__name__)
+
+#: Between two looks at what is left on a worker.
+LOOK_S = 0.03
+#: Beyond the deadline, until what was told to stop has done so.
+MARGIN_S = 1.0
+#: How long workers that close are let go at once after ``client.restart()``.
+RESTART_S = 15.0
+#: For requests in progress when a cluster closes all its workers.
+CLUSTER_CLOSE_S = 3.0
+#: How `Worker.close_gracefully` begins its stimulus; it is what ``--lifetime`` calls.
+GRACEFULLY = "worker-close-gracefully"
+
+
+class Departures:
+    """What waits for workers to be left.
+
+    Parameters
+    ----------
+    scheduler
+        Whose ops are wrapped.
+    instance
+        Returns the instance that runs, if one does.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, instance: Callable[[], Instance | None]
+    ) -> None:
+        self._scheduler = scheduler
+        self._instance = instance
+        self._retire = scheduler.retire_workers
+        self._target = scheduler.adaptive_target
+        self._restarted_at = float("-inf")
+        scheduler.handlers["retire_workers"] = self.retire_workers
+        scheduler.handlers["adaptive_target"] = self.adaptive_target
+        scheduler.handlers[OP_LEAVE] = self.leave
+        # For those in this process that call it themselves.
+        scheduler.retire_workers = self.retire_workers  # type: ignore[method-assign]
+
+    async def retire_workers(
+        self,
+        workers: list[str] | None = None,
+        *,
+        names: list[Any] | None = None,
+        stimulus_id: str | None = None,
+        close_workers: bool = False,
+        remove: bool = True,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Do as Dask, once our part of the workers is elsewhere."""
+        instance, scheduler = self._instance(), self._scheduler
+        details: dict[str, Any] = {"close_workers": close_workers, "remove": remove}
+        if stimulus_id is not None:
+            details["stimulus_id"] = stimulus_id
+        if instance is None or (workers is not None and names is not None):
+            if workers is not None:
+                details["workers"] = workers
+            if names is not None:
+                details["names"] = names
+            return await self._dask(**details, **kwargs)
+        if workers is None and names is None:
+            workers = scheduler.workers_to_close(**kwargs)
+            kwargs = {}
+        known = {address: str(ws.name) for address, ws in scheduler.workers.items()}
+        wanted = (names if workers is None else workers) or []
+        leaving = addresses_of(wanted, known)
+        if workers is None:
+            details["names"] = names
+        else:
+            details["workers"] = workers
+        now = time.monotonic()
+        by_cluster = workers is not None and not set(map(str, wanted)) & set(known)
+        gracefully = (stimulus_id or "").startswith(GRACEFULLY)
+        nobody_stays = by_cluster and len(leaving) == len(known)
+        timeout_s = instance.settings.leave_timeout_s
+        why = Leaving(
+            reason="closes gracefully, as after --lifetime"
+            if gracefully
+            else "is retired",
+            since=now,
+            deadline=now + (CLUSTER_CLOSE_S if nobody_stays else timeout_s),
+            may_return=gracefully,
+            at_once=nobody_stays,
+        )
+        answer: dict[str, Any] = {}
+
+        async def retire() -> None:
+            answer.update(await self._dask(**details, **kwargs))
+
+        await self._leave(instance, leaving, why, then=retire)
+        return answer
+
+    def _dask(self, **kwargs: Any) -> Awaitable[dict[str, Any]]:
+        answer: Awaitable[dict[str, Any]] = self._retire(**kwargs)
+        return answer
+
+    async def leave(
+        self, worker: str, reason: str, timeout_s: float, stays: bool = False
+    ) -> dict[str, Any]:
+        """Answer a worker when it can close; it asks before it does.
+
+        Parameters
+        ----------
+        worker
+            Its address.
+        reason
+            Why it closes.
+        timeout_s
+            How long it can wait.
+        stays
+            Whether it does not close by itself then, but is killed some time.
+        """
+        instance, now = self._instance(), time.monotonic()
+        recently = now - self._restarted_at < RESTART_S
+        if instance is None or worker not in self._scheduler.workers or recently:
+            return {"status": "OK"}
+        why = Leaving(reason=reason, since=now, deadline=now + timeout_s)
+        await self._leave(instance, [worker], why, for_good=stays)
+        return {"status": "OK"}
+
+    async def _leave(
+        self,
+        instance: Instance,
+        workers: Sequence[str],
+        why: Leaving,
+        then: Callable[[], Awaitable[None]] | None = None,
+        for_good: bool = False,
+    ) -> None:
+        for worker in workers:
+            logger.info("Worker %s %s: what it serves moves away", worker, why.reason)
+            instance.leaving.announce(worker, why)
+        instance.look()
+        try:
+            end = why.deadline + MARGIN_S
+            waits = [w for w in workers if not instance.has_left(w)]
+            while waits and time.monotonic() < end and not instance.closed:
+                await asyncio.sleep(LOOK_S)
+                waits = [w for w in waits if not instance.has_left(w)]
+            if waits and not instance.closed:
+                logger.warning("Time is up for %s, with something left there", waits)
+            if then is not None:
+                await then()
+        finally:
+            for worker in [] if for_good else workers:
+                instance.leaving.let_be(worker, time.monotonic())
+
+    def restarted(self) -> None:
+        """Note that all workers are restarted: nothing can move anywhere."""
+        self._restarted_at = time.monotonic()
+
+    def spare(self, workers: list[WorkerState]) -> list[WorkerState]:
+        """Choose the workers that ``adapt()`` may close; Dask asks."""
+        instance = self._instance()
+        if instance is None:
+            return workers
+        needed = instance.needed_workers()
+        return [ws for ws in workers if ws.address not in needed]
+
+    async def adaptive_target(self, **kwargs: Any) -> int:
+        """Return how many workers ``adapt()`` wants: one at least while we serve."""
+        target: int = self._target(**kwargs)
+        instance = self._instance()
+        return max(target, 1) if instance is not None and instance.names() else target

@@ -1,0 +1,218 @@
+"""Workers that are about to leave: noted, and forgotten. No I/O, scheduler process.
+
+Who leaves is announced with a reason and a deadline. From then on nothing new is placed
+there, and what is there moves elsewhere (:mod:`daskserve.controller.moving`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from daskserve.controller.placement import Leaving, WorkerView, matches, offers
+from daskserve.controller.records import Spec
+
+#: How long a worker counts as leaving after the call that said so has ended: some are
+#: closed only then. One that runs on for longer stays after all.
+LINGER_S = 10.0
+#: Workers that end within this time get new replicas only if no other will do.
+NEAR_END_S = 600.0
+
+
+@dataclass(slots=True)
+class _Leave:
+    leaving: Leaving
+    #: Calls that wait until nothing of ours is left there.
+    calls: int = 0
+    #: When it is forgotten, if nothing calls.
+    forget_at: float = float("inf")
+
+
+class LeaveBoard:
+    """Which workers leave, and until when they may be used."""
+
+    def __init__(self) -> None:
+        self._leaves: dict[str, _Leave] = {}
+        #: Times at which workers said that they end.
+        self._ends: dict[str, float] = {}
+
+    def announce(self, worker: str, leaving: Leaving) -> None:
+        """Note that a worker leaves, and that somebody waits for it.
+
+        Parameters
+        ----------
+        worker
+            Its address.
+        leaving
+            Why and until when. Of several, the one with the earliest deadline holds.
+        """
+        leave = self._leaves.get(worker)
+        if leave is None:
+            leave = self._leaves[worker] = _Leave(leaving)
+        elif leaving.deadline < leave.leaving.deadline:
+            leave.leaving = leaving
+        leave.calls += 1
+
+    def let_be(self, worker: str, now: float) -> None:
+        """Note that somebody does not wait any more; the last one starts the clock.
+
+        Parameters
+        ----------
+        worker
+            Its address.
+        now
+            Time in seconds.
+        """
+        leave = self._leaves.get(worker)
+        if leave is not None:
+            leave.calls -= 1
+            leave.forget_at = now + LINGER_S
+
+    def __bool__(self) -> bool:
+        return bool(self._leaves)
+
+    def ends(self, worker: str, at: float) -> None:
+        """Note that a worker knows when it ends.
+
+        Parameters
+        ----------
+        worker
+            Its address.
+        at
+            Time in seconds.
+        """
+        self._ends[worker] = at
+
+    def gone(self, worker: str) -> None:
+        """Forget a worker that has left; one of its address may come.
+
+        Parameters
+        ----------
+        worker
+            Its address.
+        """
+        self._leaves.pop(worker, None)
+        self._ends.pop(worker, None)
+
+    def sweep(self, now: float, running: Collection[str]) -> None:
+        """Forget those that stay after all.
+
+        Parameters
+        ----------
+        now
+            Time in seconds.
+        running
+            Workers that Dask lets run.
+        """
+        for worker, leave in list(self._leaves.items()):
+            if not leave.calls and now >= leave.forget_at and worker in running:
+                del self._leaves[worker]
+
+    def get(self, worker: str) -> Leaving | None:
+        """Look a worker up.
+
+        Parameters
+        ----------
+        worker
+            Its address.
+
+        Returns
+        -------
+        Leaving or None
+            None if it stays.
+        """
+        leave = self._leaves.get(worker)
+        return None if leave is None else leave.leaving
+
+    def ends_soon(self, worker: str, now: float) -> bool:
+        """Whether a worker has said that it ends within :data:`NEAR_END_S`.
+
+        Parameters
+        ----------
+        worker
+            Its address.
+        now
+            Time in seconds.
+
+        Returns
+        -------
+        bool
+            True if other workers are to be preferred.
+        """
+        return now >= self._ends.get(worker, float("inf")) - NEAR_END_S
+
+
+def addresses_of(wanted: Iterable[object], names: Mapping[str, str]) -> list[str]:
+    """Find the workers that a call to retire some means.
+
+    `SpecCluster` passes the names of its specs for addresses, and Dask then finds
+    nobody, but the cluster closes them all the same. Where one spec stands for several
+    workers, as a job with ``processes=2`` does, their names have a number behind it.
+
+    Parameters
+    ----------
+    wanted
+        Addresses, names, or what names begin with.
+    names
+        Names of the workers by address.
+
+    Returns
+    -------
+    list of str
+        Addresses of workers that are there.
+    """
+    wishes = {str(wish) for wish in wanted}
+    known = {name for name in names.values()}
+    groups = wishes - known - set(names)
+
+    def is_meant(address: str, name: str) -> bool:
+        group, dash, number = name.rpartition("-")
+        if address in wishes or name in wishes:
+            return True
+        return bool(dash) and number.isdigit() and group in groups
+
+    return [address for address, name in names.items() if is_meant(address, name)]
+
+
+def needed_workers(
+    demands: Iterable[tuple[Spec, Mapping[str, int]]],
+    views: Mapping[str, WorkerView],
+    proxies: Collection[str],
+) -> set[str]:
+    """Choose the workers that are to stay when a cluster is made smaller.
+
+    As many as a deployment has replicas, so that they stay spread, and as few as
+    possible over all deployments. Who holds one that takes resources stays, too.
+
+    Parameters
+    ----------
+    demands
+        Of each deployment: what is wanted, and its number of replicas per worker.
+    views
+        The workers of the cluster by address.
+    proxies
+        Workers with an HTTP server; better than others.
+
+    Returns
+    -------
+    set of str
+        Addresses. All others can go, all at once.
+    """
+    needed: set[str] = set()
+    for spec, there in sorted(demands, key=lambda demand: -demand[0].num_replicas):
+        if spec.resources:
+            needed.update(there)
+            continue
+        fit = [v.address for v in views.values() if _may_stay(v, spec)]
+        fit.sort(key=lambda a: (a not in needed, -there.get(a, 0), a not in proxies, a))
+        needed.update(fit[: spec.num_replicas])
+    return needed
+
+
+def _may_stay(view: WorkerView, spec: Spec) -> bool:
+    return (
+        view.accepting
+        and view.leaving is None
+        and matches(view, spec.workers)
+        and offers(view, spec.resources)
+    )
