@@ -6,6 +6,7 @@ there, and what is there moves elsewhere (:mod:`daskserve.controller.moving`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -199,13 +200,20 @@ def needed_workers(
         Addresses. All others can go, all at once.
     """
     needed: set[str] = set()
-    for spec, there in sorted(demands, key=lambda demand: -demand[0].num_replicas):
+    most_first = sorted(demands, key=lambda demand: -demand[0].num_replicas)
+    load: Counter[str] = Counter()
+    for _, there in most_first:
+        load.update(there)
+    for spec, there in most_first:
         if spec.resources:
             needed.update(there)
             continue
         fit = [v.address for v in views.values() if _may_stay(v, spec)]
-        fit.sort(key=lambda a: (a not in needed, -there.get(a, 0), a not in proxies, a))
-        needed.update(fit[: spec.num_replicas])
+        ranks = [
+            (a not in needed, -there.get(a, 0), a not in proxies, -load[a], a)
+            for a in fit
+        ]
+        needed.update(a for *_, a in sorted(ranks)[: spec.num_replicas])
     return needed
 
 
