@@ -219,10 +219,10 @@ class ClientSession(Session):
             with contextlib.suppress(RuntimeError):  # the thread has stopped
                 thread.submit(take())
 
-        def take_lost(worker: str) -> None:
+        def take_lost(worker: str, replicas: list[int] | None = None) -> None:
             dispatcher = dispatcher_ref()
             if dispatcher is not None:
-                thread.call_soon(dispatcher.worker_lost, worker)
+                thread.call_soon(dispatcher.worker_lost, worker, replicas)
 
         def take_queued(queued: dict[str, int]) -> None:
             dispatcher = dispatcher_ref()

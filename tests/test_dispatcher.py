@@ -372,6 +372,38 @@ def test_worker_lost_fails_at_once_what_waits_for_it() -> None:
     run(test)
 
 
+def test_some_replicas_of_a_worker_lost() -> None:
+    """What waits for the others there goes on waiting."""
+
+    async def test(dispatcher: Dispatcher) -> None:
+        lost, other = StandIn(keep), StandIn(keep)
+        place = await Place({1: lost, 2: other}).start()
+        dispatcher.update(1, snapshot((1, place), (2, place)))
+        asking = [asyncio.ensure_future(ask(dispatcher)) for _ in range(6)]
+        while len(lost.messages) + len(other.messages) < 6:
+            await asyncio.sleep(0.005)
+        assert len(lost.messages) > 0
+        assert len(other.messages) > 0
+        expected = len(lost.messages)
+        dispatcher.worker_lost(place.address, [1])
+        done, waiting = await asyncio.wait(asking, timeout=0.2)
+        assert len(done) == expected
+        for asked in done:
+            with pytest.raises(ReplicaDiedError, match="does not answer"):
+                await asked
+        # Nothing new goes there either.
+        again = [asyncio.ensure_future(ask(dispatcher)) for _ in range(6)]
+        while len(other.messages) < 12 - expected:
+            await asyncio.sleep(0.005)
+        assert len(lost.messages) == expected
+        for task in [*again, *waiting]:
+            task.cancel()
+        await asyncio.wait([*again, *waiting])
+        place.stop()
+
+    run(test)
+
+
 def test_a_call_waits_for_the_first_replica() -> None:
     async def test(dispatcher: Dispatcher) -> None:
         place = await Place({1: StandIn()}).start()

@@ -96,9 +96,9 @@ class HeadProxy:
 
         self._thread.submit(take())
 
-    def worker_lost(self, address: str) -> None:
-        """Fail at once what waits for a worker that has gone."""
-        self._thread.call_soon(self._dispatcher.worker_lost, address)
+    def worker_lost(self, address: str, replicas: list[int] | None = None) -> None:
+        """Fail at once what waits for a worker that has gone, or for some replicas."""
+        self._thread.call_soon(self._dispatcher.worker_lost, address, replicas)
 
     def take_queued(self, queued: dict[str, int]) -> None:
         """Note how many requests wait in all processes."""

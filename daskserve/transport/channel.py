@@ -129,10 +129,12 @@ class Exchange:
     """A caller's end of one request or call: messages in, in order, or a failure."""
 
     __slots__ = ("_failure", "_messages", "_waiter", "exchange_id", "on_grant",
-                 "on_news")  # fmt: skip
+                 "on_news", "replica_id")  # fmt: skip
 
     def __init__(self, exchange_id: int) -> None:
         self.exchange_id = exchange_id
+        #: Who has it; 0 before it is sent.
+        self.replica_id = 0
         self._messages: deque[Message] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._failure: BaseException | None = None
@@ -211,6 +213,12 @@ class Channel:
     def close(self, reason: str) -> None:
         """Close the connection; exchanges that are open fail with `reason`."""
         raise NotImplementedError  # pragma: no cover
+
+    def fail_replica(self, replica_id: int, reason: str) -> None:
+        """Fail what is open with one replica; the connection stays."""
+        for exchange in list(self._exchanges.values()):
+            if exchange.replica_id == replica_id:
+                exchange.fail(ConnectionLostError(reason))
 
     def _receive(self, batch: list[Message]) -> None:
         for message in batch:

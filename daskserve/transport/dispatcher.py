@@ -12,7 +12,7 @@ import itertools
 import logging
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 from daskserve.exceptions import (
@@ -268,8 +268,21 @@ class Dispatcher:
                     self._opened.clear()
                     await self._opened.wait()
 
-    def worker_lost(self, address: str) -> None:
-        """Fail at once what waits for a worker that the scheduler has given up."""
+    def worker_lost(
+        self, address: str, replicas: Collection[int] | None = None
+    ) -> None:
+        """Fail at once what waits for a worker that the controller has given up.
+
+        Parameters
+        ----------
+        address
+            The worker's.
+        replicas
+            Which of its replicas; None: all, for it has left the cluster.
+        """
+        if replicas is not None:
+            self._replicas_lost(address, replicas)
+            return
         channel = self._channels.get(address)
         reason = f"worker {address} left the cluster"
         if channel is not None:
@@ -277,6 +290,19 @@ class Dispatcher:
         for direct in list(self._direct.values()):
             if direct.worker == address:
                 direct.close(reason)
+
+    def _replicas_lost(self, address: str, replicas: Collection[int]) -> None:
+        channel = self._channels.get(address)
+        reason = f"worker {address} does not answer"
+        for replica_id in replicas:
+            group = self._group_of.get(replica_id)
+            if group is not None:  # the routing without it is about to come
+                group.router.slots[replica_id].reachable = False
+            direct = self._direct.get(replica_id)
+            if direct is not None:
+                direct.close(reason)
+            if channel is not None:
+                channel.fail_replica(replica_id, reason)
 
     async def close(self) -> None:
         """Close all channels; what is open fails."""
@@ -729,6 +755,7 @@ class Call:
     def _send_first(self, make: Callable[[int, int], Message], slot: Slot) -> Exchange:
         self._channel = channel = self._dispatcher.channel(slot)
         self._exchange = exchange = channel.open()
+        exchange.replica_id = slot.replica_id
         exchange.on_grant = self.on_grant
         channel.send(make(exchange.exchange_id, slot.replica_id))
         return exchange
