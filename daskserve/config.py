@@ -568,7 +568,10 @@ class DeploymentOptions(_Options):
     workers
         Addresses, names or hosts of workers that replicas may run on, or one such.
     health_check_period_s, health_check_timeout_s
-        Seconds between checks of a replica, and until a check counts as failed.
+        Seconds between checks of a replica, and until one that gives no answer is
+        replaced. A check asks the replica's event loop, and ``check_health()`` if the
+        class has one; a replica is replaced when that raises three times in a row. A
+        worker that says nothing for both together loses its replicas.
     graceful_shutdown_timeout_s
         Seconds that a replica's requests may take to end before it is stopped.
     graceful_shutdown_wait_loop_s

@@ -330,8 +330,8 @@ def deployment(
         replica), ``max_queued_requests`` (1000), ``resources`` and ``workers`` (as in
         Dask), ``request_timeout_s`` (default: the instance's), ``deploy_timeout_s``
         (300), ``graceful_shutdown_timeout_s`` (20), ``graceful_shutdown_wait_loop_s``
-        (2), ``health_check_period_s`` (10), ``health_check_timeout_s`` (30). Times are
-        seconds or strings such as ``"500ms"``.
+        (2), ``health_check_period_s`` (10), ``health_check_timeout_s`` (30): see the
+        notes. Times are seconds or strings such as ``"500ms"``.
 
     Raises
     ------
@@ -340,6 +340,20 @@ def deployment(
     TypeError
         What is decorated is neither a class nor a function, or an option of a wrong
         type.
+
+    Notes
+    -----
+    The health of a replica is checked in each period, on the event loop that runs its
+    async code. It is replaced
+
+    - when the class has a method ``check_health()``, sync or async, and that raises
+      three times in a row (or returns False), or takes longer than the timeout. A sync
+      one runs on a thread of its own, beside requests;
+    - when the loop does not answer within the timeout, for a blocking call in async
+      code. A sync method that takes long is no fault: the replica is busy;
+    - when its whole worker says nothing for period and timeout together.
+
+    It gets no requests from then on, and those in it may end, as in one that stops.
 
     Examples
     --------

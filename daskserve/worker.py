@@ -20,6 +20,7 @@ from daskserve.leaving import Farewell
 from daskserve.proxy.server import HTTPServer
 from daskserve.proxy.windows import Windows
 from daskserve.replica.actor import PLUGIN_NAME, ReplicaSpec
+from daskserve.replica.health import HealthMonitor
 from daskserve.replica.runner import Runner
 from daskserve.session import WorkerSession, worker_sessions
 from daskserve.transport.channel import serve_channel
@@ -57,6 +58,7 @@ class ServeWorkerPlugin(WorkerPlugin):
         self.session: WorkerSession | None = None
         self._worker: Worker | None = None
         self._thread: LoopThread | None = None
+        self._health: HealthMonitor | None = None
         self._server: HTTPServer | None = None
         self._channels: set[Any] = set()
         self._closed = False
@@ -98,6 +100,8 @@ class ServeWorkerPlugin(WorkerPlugin):
         self._farewell = Farewell(worker, self.session.settings)
         self._farewell.install()
         self._send({"op": STREAM_HELLO, "ends_in_s": self._farewell.ends_in_s})
+        self._health = HealthMonitor(self.runners, self._send)
+        thread.submit(self._health.run())
 
     async def teardown(self, worker: Worker) -> None:
         """Close everything, within a bounded time, and never raise."""
@@ -141,9 +145,9 @@ class ServeWorkerPlugin(WorkerPlugin):
         self._thread.submit(take())
 
     @never_raises
-    def _take_lost(self, worker: str) -> None:
+    def _take_lost(self, worker: str, replicas: list[int] | None = None) -> None:
         assert self._thread is not None and self.session is not None
-        self._thread.call_soon(self.session.dispatcher.worker_lost, worker)
+        self._thread.call_soon(self.session.dispatcher.worker_lost, worker, replicas)
 
     @never_raises
     def _take_queued(self, queued: dict[str, int]) -> None:
@@ -166,6 +170,9 @@ class ServeWorkerPlugin(WorkerPlugin):
                 self._worker.loop.call_later(patience, self._give_up, replica_id)
         elif command == "reconfigure" and runner is not None:
             runner.reconfigure(**details)
+        elif command == "watch" and runner is not None:
+            runner.rhythm = details["period_s"], details["timeout_s"]
+            self._wake_health()
 
     async def _bind(
         self, options: bytes, port: int, share_port: bool, probe: bool
@@ -242,6 +249,11 @@ class ServeWorkerPlugin(WorkerPlugin):
         runner = Runner(spec, report, self.session, window_bytes)
         self.runners[spec.replica_id] = runner
         runner.start()
+        self._wake_health()
+
+    def _wake_health(self) -> None:
+        assert self._thread is not None and self._health is not None
+        self._thread.call_soon(self._health.wake)
 
     def _report(self, replica_id: int, news: dict[str, Any]) -> None:
         if news["event"] in ("stopped", "failed"):

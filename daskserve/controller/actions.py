@@ -56,6 +56,28 @@ class ReconfigureReplica:
 
 
 @dataclass(frozen=True, slots=True)
+class WatchReplica:
+    """Check a replica's health in another rhythm from now on.
+
+    Parameters
+    ----------
+    replica_id
+        Number of the replica.
+    worker
+        Address of its worker.
+    period_s
+        Seconds between two checks.
+    timeout_s
+        Seconds that one may take.
+    """
+
+    replica_id: int
+    worker: str
+    period_s: float
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class StopReplica:
     """Tell a replica to drain and end. Sent once.
 
@@ -122,4 +144,11 @@ class Settle:
     error: Failure | None = None
 
 
-Action = StartReplica | ReconfigureReplica | StopReplica | ReleaseReplica | Settle
+Action = (
+    StartReplica
+    | ReconfigureReplica
+    | WatchReplica
+    | StopReplica
+    | ReleaseReplica
+    | Settle
+)

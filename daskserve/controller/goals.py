@@ -15,7 +15,8 @@ from daskserve.controller.records import (
 
 _RETRY_FIRST_S = 0.1
 _RETRY_MAX_S = 5.0
-_RETRY_MAX_REACHED_S = 30.0
+#: The longest wait once a deployment was healthy.
+RETRY_MAX_REACHED_S = 30.0
 _MAX_LISTED = 10
 
 
@@ -168,12 +169,46 @@ def count_failure(d: ManagedDeployment, dead: Replica, text: str, now: float) ->
         what = f"{goal.failures} of {limit} tries to start a replica failed, the last"
         give_up(d, f"{what} on {dead.worker} with {last_line(text)}", text)
         return
-    most = _RETRY_MAX_S if goal.in_progress else _RETRY_MAX_REACHED_S
+    most = _RETRY_MAX_S if goal.in_progress else RETRY_MAX_REACHED_S
+    retry(d, goal, goal.failures, most, text, now)
+
+
+def retry(
+    d: ManagedDeployment,
+    goal: Goal,
+    times: int,
+    most_s: float,
+    text: str,
+    now: float,
+) -> Replica:
+    """Add a replica that is started a little later, or a little later still.
+
+    Parameters
+    ----------
+    d
+        The deployment.
+    goal
+        What it is for.
+    times
+        How often in a row that went wrong, 1 or more.
+    most_s
+        The longest wait.
+    text
+        What went wrong; the last line is kept.
+    now
+        Time in seconds.
+
+    Returns
+    -------
+    Replica
+        The pending one.
+    """
     # The exponent is bounded, for this may go on for months.
-    delay = min(most, _RETRY_FIRST_S * 2 ** min(goal.failures - 1, 20))
+    delay = min(most_s, _RETRY_FIRST_S * 2 ** min(times - 1, 20))
     again = d.add(goal, now)
     again.not_before = now + delay
     again.reason = f"waits {delay:g} s for another try after {last_line(text)}"
+    return again
 
 
 def waits_for(replica: Replica, now: float) -> str:

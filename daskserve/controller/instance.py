@@ -22,7 +22,9 @@ from daskserve.controller.actions import (
     Settle,
     StartReplica,
     StopReplica,
+    WatchReplica,
 )
+from daskserve.controller.health import HealthBoard, Trouble
 from daskserve.controller.launcher import Launcher, is_ours
 from daskserve.controller.leaving import LeaveBoard, needed_workers
 from daskserve.controller.placement import WorkerView
@@ -73,6 +75,8 @@ class Instance:
             max_failures=settings.constructor_failure_limit,
         )
         self._launcher = Launcher(scheduler, self._replica_failed)
+        self._health = HealthBoard()
+        self.publisher.silent = self._health.silent
         self._waiting: dict[int, asyncio.Future[Failure | None]] = {}
         self._wake = asyncio.Event()
         self.closed = False
@@ -188,12 +192,14 @@ class Instance:
         if ends_in_s is not None:
             self.leaving.ends(worker, time.monotonic() + ends_in_s)
         self.publisher.subscribe(worker)
+        self._health.heard(worker)
         self._wake.set()
 
     def worker_removed(self, worker: str) -> None:
         """Replace what was on a worker that has gone."""
         self.publisher.worker_lost(worker)
         self.leaving.gone(worker)
+        self._health.forget(worker)
         reason = f"worker {worker} left the cluster"
         self._state.worker_lost(worker, reason, now=time.monotonic())
         self._wake.set()
@@ -231,6 +237,22 @@ class Instance:
             generation, error = news["generation"], news["error"]
             self._state.reconfigured(replica_id, generation, error, now=now)
         self._wake.set()
+
+    def health_report(
+        self, worker: str, patience_s: float, troubles: list[Trouble]
+    ) -> None:
+        """Take what a worker says of itself and of replicas that are ill."""
+        if not self.publisher.has(worker):
+            return  # an old message of one that has left
+        if worker in self._health.silent:
+            logger.info("Worker %s answers again", worker)
+            self._wake.set()
+        now = time.monotonic()
+        for replica_id, fatal, text in self._health.report(
+            worker, patience_s, troubles
+        ):
+            self._state.replica_ill(replica_id, fatal=fatal, text=text, now=now)
+            self._wake.set()
 
     def _replica_failed(self, replica_id: int, reason: str, own_fault: bool) -> None:
         now = time.monotonic()
@@ -278,14 +300,36 @@ class Instance:
             self.leaving.sweep(now, running)
             if self.publisher.is_known():
                 self._state.routing_known()
+        lost = self._give_up_silent(now)
         views = self._views()
         actions = self._state.reconcile(now, views)
         self.publisher.publish(self._state.routing())
+        for worker, replica_ids in lost.items():
+            self.publisher.replicas_lost(worker, replica_ids)
         self.publisher.publish_queues(now)
         for action in actions:
             self._perform(action)
         if self.proxies.due(now, views):
             self._spawn(self.proxies.reconcile(now, views))
+
+    def _give_up_silent(self, now: float) -> dict[str, list[int]]:
+        """Part with replicas whose workers say nothing; return them by worker."""
+        silent = self._health.look(now)
+        self.proxies.note_silent(silent)
+        lost: dict[str, list[int]] = {}
+        if silent:
+            for worker, replica_id in self._state.workers_silent(silent, now=now):
+                lost.setdefault(worker, []).append(replica_id)
+                # It hears of it when it is back.
+                self._discard(worker, replica_id)
+        for worker, replica_ids in lost.items():
+            logger.warning(
+                "Worker %s has said nothing for %.0f s: its replicas %s are replaced",
+                worker,
+                silent[worker],
+                replica_ids,
+            )
+        return lost
 
     def _perform(self, action: Action) -> None:
         if isinstance(action, StartReplica):
@@ -305,6 +349,14 @@ class Instance:
                 replica_id=action.replica_id,
                 user_config=action.user_config,
                 config_generation=action.config_generation,
+            )
+        elif isinstance(action, WatchReplica):
+            self._command(
+                action.worker,
+                command="watch",
+                replica_id=action.replica_id,
+                period_s=action.period_s,
+                timeout_s=action.timeout_s,
             )
         elif isinstance(action, ReleaseReplica):
             self._launcher.release(action.replica_id)
@@ -339,7 +391,9 @@ class Instance:
                 nthreads=ws.nthreads,
                 free_threads=ws.nthreads - len(ws.processing),
                 resources=dict(ws.resources),
-                accepting=ws.status == Status.running and self.publisher.has(address),
+                accepting=ws.status == Status.running
+                and self.publisher.has(address)
+                and address not in self._health.silent,
                 leaving=leaving.get(address),
                 ends_soon=leaving.ends_soon(address, now),
             )

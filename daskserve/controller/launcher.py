@@ -106,6 +106,8 @@ class Launcher:
             user_config=action.spec.user_config,
             config_generation=action.config_generation,
             max_ongoing_requests=action.spec.max_ongoing_requests,
+            health_check_period_s=action.spec.health_check_period_s,
+            health_check_timeout_s=action.spec.health_check_timeout_s,
         )
         future: Future[Any] | None = None
         try:

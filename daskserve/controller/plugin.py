@@ -19,6 +19,7 @@ from distributed.scheduler import WorkerState
 
 from daskserve.controller.actions import Failure
 from daskserve.controller.departures import Departures
+from daskserve.controller.health import Trouble
 from daskserve.controller.instance import Instance
 from daskserve.controller.proxy_manager import HTTPConfig
 from daskserve.controller.records import Spec
@@ -30,6 +31,7 @@ from daskserve.exceptions import (
 from daskserve.transport.messages import (
     STREAM_ACK,
     STREAM_BYE,
+    STREAM_HEALTH,
     STREAM_HELLO,
     STREAM_QUEUED,
     STREAM_REPLICA,
@@ -103,6 +105,7 @@ class ServeController(SchedulerPlugin):
         scheduler.stream_handlers[STREAM_BYE] = self._bye
         scheduler.stream_handlers[STREAM_QUEUED] = self._queued
         scheduler.stream_handlers[STREAM_REPLICA] = self._replica_news
+        scheduler.stream_handlers[STREAM_HEALTH] = self._health_report
 
     async def before_close(self) -> None:
         """End with the scheduler."""
@@ -191,6 +194,13 @@ class ServeController(SchedulerPlugin):
     def _replica_news(self, worker: str, replica_id: int, news: dict[str, Any]) -> None:
         if self._instance is not None:
             self._instance.replica_news(worker, replica_id, news)
+
+    @never_raises
+    def _health_report(
+        self, worker: str, patience_s: float, troubles: list[Trouble]
+    ) -> None:
+        if self._instance is not None:
+            self._instance.health_report(worker, patience_s, troubles)
 
     # Ops.
 

@@ -33,6 +33,10 @@ DRAIN_S = 20.0
 UNLISTEN_S = 5.0
 #: After how long without a request it closes connections.
 IDLE_S = 2.0
+_SILENT = (
+    "worker {} says nothing, and holds the port as long as its process lives: end "
+    "that, or wait for Dask to do so (distributed.scheduler.worker-ttl)"
+)
 
 
 @dataclass(slots=True)
@@ -203,6 +207,21 @@ class ProxyManager:
         elif self._head is not None:
             self._head.share(shared)
 
+    def note_silent(self, silent: Mapping[str, float]) -> None:
+        """Say of servers whether their workers answer; they keep their ports.
+
+        A process that is stopped still holds its sockets, so no other can take over
+        the port: beside it, the kernel would go on giving connections to both.
+        """
+        for record in self.records.values():
+            if record.url is None:
+                continue
+            if record.worker in silent and record.state == "HEALTHY":
+                record.state, record.reason = "FAILED", _SILENT.format(record.worker)
+                logger.warning("HTTP server at %s: %s", record.url, record.reason)
+            elif record.state == "FAILED" and record.worker not in silent:
+                record.state, record.reason = "HEALTHY", ""
+
     async def close(self, drain_s: float = 5.0) -> None:
         """Stop all servers."""
         async with self._lock:
@@ -223,7 +242,11 @@ class ProxyManager:
             one_per_host=self._config.uds is not None,
             scheduler_hosts=self._hosts,
             views=views,
-            current=[a for a, r in self.records.items() if r.state == "HEALTHY"],
+            current=[
+                address
+                for address, record in self.records.items()
+                if record.url is not None and record.state != DRAINING
+            ],
             now=now,
         )
         return {a for a in wanted if a == SCHEDULER or self._ready(a)}

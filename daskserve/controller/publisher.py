@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Collection
 from typing import Any, Protocol
 
 from distributed import Scheduler
@@ -30,8 +31,8 @@ class LocalSubscriber(Protocol):
     def take_routes(self, version: int, snapshot: dict[str, Any]) -> None:
         """Take a whole snapshot; in one process it costs nothing."""
 
-    def worker_lost(self, address: str) -> None:
-        """Note that a worker has gone."""
+    def worker_lost(self, address: str, replicas: list[int] | None = None) -> None:
+        """Note that a worker has gone, or some of its replicas."""
 
     def take_queued(self, queued: dict[str, int]) -> None:
         """Note how many requests wait in all processes."""
@@ -58,6 +59,8 @@ class Publisher:
         self._published_at = 0.0
         self._ack = asyncio.Event()
         self._local: LocalSubscriber | None = None
+        #: Who does not answer, and need not be waited for.
+        self.silent: Collection[Subscriber] = ()
         #: Who has how many requests waiting.
         self.queues = QueueBoard()
 
@@ -128,12 +131,19 @@ class Publisher:
     def worker_lost(self, address: str) -> None:
         """Tell everybody that a worker has gone, so that nobody waits for it."""
         self.unsubscribe(address)
+        self._tell_lost(address, None)
+
+    def replicas_lost(self, address: str, replicas: list[int]) -> None:
+        """Tell everybody that a worker does not answer for some of its replicas."""
+        self._tell_lost(address, replicas)
+
+    def _tell_lost(self, address: str, replicas: list[int] | None) -> None:
         for subscriber in list(self._acked):
             if subscriber == LOCAL:
                 assert self._local is not None
-                self._local.worker_lost(address)
+                self._local.worker_lost(address, replicas)
             else:
-                message = {"op": STREAM_LOST, "worker": address}
+                message = {"op": STREAM_LOST, "worker": address, "replicas": replicas}
                 self._send_message(subscriber, message)
 
     def publish_queues(self, now: float) -> None:
@@ -150,7 +160,11 @@ class Publisher:
                 self._send_message(subscriber, message)
 
     def _behind(self, version: int) -> list[Subscriber]:
-        return [s for s, acked in self._acked.items() if acked < version]
+        return [
+            s
+            for s, acked in self._acked.items()
+            if acked < version and s not in self.silent
+        ]
 
     def _send(
         self, subscriber: Subscriber, snapshot: dict[str, Any], base: int | None

@@ -199,6 +199,10 @@ class Replica:
     outgoing: bool = False
     #: Whether its worker leaves, but nobody else would have it.
     lent: bool = False
+    #: Period and timeout of health checks, as its worker was last told.
+    watched: tuple[float, float] = (0.0, 0.0)
+    #: How often in a row the ones before it fell ill soon after their start.
+    relapses: int = 0
 
     def ready_for(self, goal: Goal) -> bool:
         """Whether it runs with a goal's configuration.

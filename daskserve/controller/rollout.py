@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from daskserve.controller import events
+from daskserve.controller import events, health
 from daskserve.controller.actions import ReconfigureReplica, StartReplica
 from daskserve.controller.deployment_state import ManagedDeployment
 from daskserve.controller.goals import count_failure, judge, waits_for
@@ -162,6 +162,7 @@ def advance(d: ManagedDeployment, this: Pass) -> None:
         crowded = _place_pending(d, goal, this)
         if former is not None and crowded and goal is d.target:
             _make_room(d, former, crowded, this)
+    health.watch(d)
     d.at_rest = _is_in_order(d)
     d.routing = None
 
@@ -284,6 +285,10 @@ def _start(
     replica.host = view.host
     replica.spec = goal.spec
     replica.config_generation = goal.config_generation
+    replica.watched = (
+        goal.spec.health_check_period_s,
+        goal.spec.health_check_timeout_s,
+    )
     reason = f"waiting for a free thread on {worker}"
     replica.enter(ReplicaState.STARTING, reason, this.now)
     d.shared.actions.append(

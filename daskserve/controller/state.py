@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
 
-from daskserve.controller import events, reports
+from daskserve.controller import events, health, reports
 from daskserve.controller.actions import Action, Settle
 from daskserve.controller.deployment_state import ManagedDeployment, Shared
 from daskserve.controller.goals import begin_delete, set_goal
@@ -281,6 +281,45 @@ class ControllerState:
             there = [r for r in d.replicas.values() if r.worker == worker]
             if there:
                 events.lost(d, there, reason, now, blame=True)
+
+    def workers_silent(
+        self, silent: Mapping[str, float], *, now: float
+    ) -> list[tuple[str, int]]:
+        """Give up what is on workers that say nothing, where patience has ended.
+
+        Parameters
+        ----------
+        silent
+            Addresses of workers, and for how many seconds they have said nothing.
+        now
+            Time in seconds.
+
+        Returns
+        -------
+        list of (str, int)
+            Worker and number of each replica given up; it may be there still.
+        """
+        found = (health.give_up_silent(d, silent, now) for d in self._all())
+        return [lost for several in found for lost in several]
+
+    def replica_ill(
+        self, replica_id: int, *, fatal: bool, text: str, now: float
+    ) -> None:
+        """Note a health check that failed, or again one that did not.
+
+        Parameters
+        ----------
+        replica_id
+            Number of the replica.
+        fatal
+            Whether it must be replaced.
+        text
+            What is wrong; "" if it is well again.
+        now
+            Time in seconds.
+        """
+        if found := self._find(replica_id):
+            health.note_trouble(*found, fatal, text, now)
 
     def all_lost(self, reason: str, *, now: float) -> None:
         """Note that every actor is gone, as after ``client.restart()``.

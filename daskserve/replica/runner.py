@@ -13,6 +13,7 @@ import logging
 import os
 import traceback
 from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import Future
 from typing import Any, Protocol, TypeAlias
 
 from distributed.worker import _worker_cvar
@@ -112,6 +113,8 @@ class Runner:
         window_bytes: int,
     ) -> None:
         self.spec = spec
+        #: Seconds between two health checks, and seconds that one may take.
+        self.rhythm = spec.health_check_period_s, spec.health_check_timeout_s
         self._window_bytes = window_bytes
         self._report = report
         self.session = session
@@ -141,6 +144,16 @@ class Runner:
         return self._thread.loop
 
     @property
+    def tag(self) -> str:
+        """The replica's name for users."""
+        return self.spec.tag
+
+    @property
+    def checkable(self) -> bool:
+        """Whether it takes requests, and no ``reconfigure()`` may keep its loop."""
+        return self._accepting and not self._reconfiguring.locked()
+
+    @property
     def ongoing(self) -> int:
         """Requests and calls that are in user code now."""
         exchanges = len(self._http) + len(self._websockets) + len(self._calls)
@@ -164,6 +177,14 @@ class Runner:
         self._thread.submit(
             self._reconfigure_and_report(user_config, config_generation)
         )
+
+    def check_health(self, began: Callable[[], None]) -> Future[None]:
+        """Call `began`, and the user's ``check_health()``, on the loop; any thread."""
+        return self._thread.submit(self._check_health(began))
+
+    def thread_ids(self) -> list[int | None]:
+        """Return the threads where a check may be kept: the loop's, the check's own."""
+        return [self._thread.ident, self._servable.checking]
 
     def stop(self, grace_s: float, poll_s: float) -> None:
         """Take no more, let what runs finish, run the shutdown hooks, report."""
@@ -196,6 +217,7 @@ class Runner:
             await self._servable.construct()
             self._enter(None)
             await self._servable.startup()
+            await self._first_check()
         except BaseException as err:
             if _was_cancelled(err):
                 return
@@ -206,6 +228,23 @@ class Runner:
         direct = await self._listen()
         self._accepting = not self._stopping
         self._report({"event": "started", "pid": os.getpid(), "direct": direct})
+
+    async def _first_check(self) -> None:
+        """Let a replica that is ill from the beginning count as one that fails."""
+        timeout_s = self.rhythm[1]
+        try:
+            async with asyncio.timeout(timeout_s) as limit:
+                await self._servable.check_health()
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            text = f"check_health() did not end within {timeout_s:g} s"
+            raise TimeoutError(text) from None
+
+    async def _check_health(self, began: Callable[[], None]) -> None:
+        began()
+        self._enter(None)
+        await self._servable.check_health()
 
     async def _listen(self) -> list[Any] | None:
         """Open the replica's own port; None if there is to be none."""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,9 @@ class Servable:
         self._lifespan: Lifespan | None = None
         self._takes_arguments: dict[str, bool] = {}
         self._thread: SyncThread | None = None
+        self._check_thread: SyncThread | None = None
+        #: The thread of the sync ``check_health`` that runs.
+        self.checking: int | None = None
 
     @property
     def state(self) -> dict[str, Any] | None:
@@ -110,10 +114,54 @@ class Servable:
                 await self._invoke(finalizer, (servable,), {})
                 _disarm(servable)
 
+    async def check_health(self) -> None:
+        """Call the user's ``check_health()``, if there is one.
+
+        A sync one has a thread of its own: behind a request that takes long it would
+        wait for the only other one, and a replica that is busy is not ill.
+
+        Raises
+        ------
+        BaseException
+            What it raised.
+        RuntimeError
+            It returned False.
+        """
+        # The class's: one may have `__getattr__`, and thus anything.
+        if not callable(getattr(type(self.object), "check_health", None)):
+            return
+        method = self.object.check_health
+        if inspect.iscoroutinefunction(_bare(method)):
+            healthy = await method()
+        else:
+            healthy = await self._check_sync(method)
+            if inspect.isawaitable(healthy):
+                healthy = await healthy
+        if healthy is False:
+            raise RuntimeError("check_health() returned False")
+
+    async def _check_sync(self, method: Callable[[], Any]) -> Any:
+        if self._check_thread is None:
+            self._check_thread = SyncThread(
+                asyncio.get_running_loop(),
+                f"daskserve-check-{self._spec.tag}",
+                lambda: None,
+            )
+
+        def check() -> Any:
+            self.checking = threading.get_ident()
+            try:
+                return method()
+            finally:
+                self.checking = None
+
+        return await self._check_thread.submit(check).future
+
     def close(self) -> None:
-        """End the thread of sync calls, once it is free."""
-        if self._thread is not None:
-            self._thread.close()
+        """End the threads of sync calls, once they are free."""
+        for thread in (self._thread, self._check_thread):
+            if thread is not None:
+                thread.close()
 
     # Calls.
 

@@ -110,6 +110,11 @@ class LoopThread:
         return self._thread.is_alive()
 
     @property
+    def ident(self) -> int | None:
+        """The thread's number, as in `sys._current_frames`."""
+        return self._thread.ident
+
+    @property
     def is_current(self) -> bool:
         """Whether the caller is this thread."""
         return threading.current_thread() is self._thread

@@ -133,10 +133,18 @@ OP_SHARE: Final = "serve_share"  # scheduler -> worker: share the port, or no mo
 OP_UNLISTEN: Final = "serve_unlisten"  # scheduler -> worker: others take connections
 OP_LEAVE: Final = "serve_leave"  # worker -> scheduler: I leave; answered when I can
 STREAM_ROUTES: Final = "serve-routes"  # scheduler -> worker or client: what changed
-STREAM_LOST: Final = "serve-lost"  # scheduler -> worker or client: a worker has gone
+STREAM_LOST: Final = "serve-lost"  # scheduler -> worker or client: workers or replicas
 STREAM_COMMAND: Final = "serve-command"  # scheduler -> worker: to one replica
 STREAM_ACK: Final = "serve-ack"  # worker or client -> scheduler: snapshot applied
 STREAM_BYE: Final = "serve-bye"  # client -> scheduler: no more snapshots, please
 STREAM_HELLO: Final = "serve-hello"  # worker -> scheduler: its plugin is set up
 STREAM_QUEUED: Final = "serve-queued"  # both ways: how many requests wait
 STREAM_REPLICA: Final = "serve-replica"  # worker -> scheduler: a replica's news
+STREAM_HEALTH: Final = "serve-health"  # worker -> scheduler: it lives, what is ill
+
+#: How often a worker without replicas says that it lives.
+IDLE_PERIOD_S: Final = 10.0
+#: And for how long it may say nothing before it counts as silent.
+IDLE_PATIENCE_S: Final = 40.0
+#: However short the periods of health checks are, a worker may say nothing for so long.
+LEAST_PATIENCE_S: Final = 2.0

@@ -1,0 +1,237 @@
+"""What ails replicas and workers: who says nothing, who is ill. Plain, no I/O.
+
+Workers report in (`HealthBoard`), each once in a while for all its replicas. One that
+says nothing for longer than a deployment is patient loses the deployment's replicas,
+though Dask still counts on it; when it is back, what it has left of them is stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from daskserve.controller import events
+from daskserve.controller.actions import WatchReplica
+from daskserve.controller.deployment_state import ManagedDeployment
+from daskserve.controller.goals import RETRY_MAX_REACHED_S, count_failure, retry
+from daskserve.controller.records import Replica, ReplicaState, Spec
+from daskserve.transport.messages import IDLE_PATIENCE_S, LEAST_PATIENCE_S
+
+#: Of a replica: its number, whether it must be replaced, and what is wrong; "" when
+#: it is well again.
+Trouble: TypeAlias = tuple[int, bool, str]
+
+#: What time of ours counts between two looks: while the scheduler itself stood still,
+#: no worker could be heard.
+_MAX_LOOK_S = 1.0
+#: A replica that falls ill before it has run for so many periods of its checks is one
+#: more of a row, and the next one has to wait.
+_PROVEN_PERIODS = 10
+
+
+@dataclass(slots=True)
+class _Worker:
+    heard_at: float
+    #: How long it may say nothing before anything of it is given up.
+    patience_s: float = IDLE_PATIENCE_S
+    troubles: dict[int, Trouble] = field(default_factory=dict)
+
+
+class HealthBoard:
+    """Who was heard of when, and what is wrong with whom."""
+
+    def __init__(self) -> None:
+        #: Workers that say nothing, and for how many seconds they have not.
+        self.silent: dict[str, float] = {}
+        self._workers: dict[str, _Worker] = {}
+        #: Seconds in which workers could have been heard.
+        self._clock = 0.0
+        self._looked_at: float | None = None
+
+    def heard(self, worker: str) -> None:
+        """Note a sign of life.
+
+        Parameters
+        ----------
+        worker
+            Address of the worker.
+        """
+        found = self._workers.setdefault(worker, _Worker(self._clock))
+        found.heard_at = self._clock
+        self.silent.pop(worker, None)
+
+    def report(
+        self, worker: str, patience_s: float, troubles: Iterable[Trouble]
+    ) -> list[Trouble]:
+        """Take a worker's report.
+
+        Parameters
+        ----------
+        worker
+            Address of the worker.
+        patience_s
+            How long it may say nothing before anything of it is given up.
+        troubles
+            All that is wrong with its replicas now.
+
+        Returns
+        -------
+        list of Trouble
+            What is new, and who is well again.
+        """
+        self.heard(worker)
+        found = self._workers[worker]
+        found.patience_s = patience_s
+        # Lists, after msgpack.
+        former, found.troubles = found.troubles, {n: (n, f, t) for n, f, t in troubles}
+        well = [(n, False, "") for n in former if n not in found.troubles]
+        news = [t for n, t in found.troubles.items() if former.get(n) != t]
+        return well + news
+
+    def forget(self, worker: str) -> None:
+        """Forget a worker that has left.
+
+        Parameters
+        ----------
+        worker
+            Address of the worker.
+        """
+        self._workers.pop(worker, None)
+        self.silent.pop(worker, None)
+
+    def look(self, now: float) -> dict[str, float]:
+        """Find who says nothing.
+
+        Parameters
+        ----------
+        now
+            Time in seconds.
+
+        Returns
+        -------
+        dict
+            `silent`.
+        """
+        if self._looked_at is not None:
+            self._clock += min(now - self._looked_at, _MAX_LOOK_S)
+        self._looked_at = now
+        for address, worker in self._workers.items():
+            silence = self._clock - worker.heard_at
+            if silence > worker.patience_s:
+                self.silent[address] = silence
+        return self.silent
+
+
+def patience_s(spec: Spec) -> float:
+    """Say for how long a worker may say nothing before a deployment leaves it.
+
+    Parameters
+    ----------
+    spec
+        The deployment's.
+
+    Returns
+    -------
+    float
+        Seconds.
+    """
+    return max(
+        LEAST_PATIENCE_S, spec.health_check_period_s + spec.health_check_timeout_s
+    )
+
+
+def give_up_silent(
+    d: ManagedDeployment, silent: Mapping[str, float], now: float
+) -> list[tuple[str, int]]:
+    """Take replicas for lost whose workers say nothing.
+
+    A constructor that runs is left alone: it may hold the interpreter's lock for
+    minutes, as when it reads a large model, and has a time limit of its own.
+
+    Parameters
+    ----------
+    d
+        The deployment.
+    silent
+        Workers that say nothing, and for how many seconds they have not.
+    now
+        Time in seconds.
+
+    Returns
+    -------
+    list of (str, int)
+        Worker and number of each replica that was given up; they may well be there,
+        and take requests once their workers are back.
+    """
+    lost: dict[str, list[Replica]] = {}
+    for r in d.replicas.values():
+        if r.worker in silent and silent[r.worker] > patience_s(r.spec):
+            waits = r.state == ReplicaState.STARTING and not r.initializing
+            if waits or r.state == ReplicaState.RUNNING:
+                lost.setdefault(r.worker, []).append(r)
+    for worker, replicas in lost.items():
+        reason = (
+            f"worker {worker} has said nothing for {silent[worker]:.0f} s: "
+            f"its process is stopped, or something in it holds the interpreter's lock"
+        )
+        events.lost(d, replicas, reason, now, blame=False)
+    return [(r.worker, r.replica_id) for replicas in lost.values() for r in replicas]
+
+
+def note_trouble(
+    d: ManagedDeployment, replica: Replica, fatal: bool, text: str, now: float
+) -> None:
+    """Note the outcome of a health check that is news.
+
+    Parameters
+    ----------
+    d
+        The deployment.
+    replica
+        The replica.
+    fatal
+        Whether it must be replaced.
+    text
+        What is wrong; "" if it is well again.
+    now
+        Time in seconds.
+    """
+    if replica.state != ReplicaState.RUNNING or replica.reconfiguring:
+        return
+    if not fatal:
+        replica.reason = text
+        return
+    period_s = replica.spec.health_check_period_s
+    proven_s = _PROVEN_PERIODS * period_s + replica.spec.health_check_timeout_s
+    proven = now - replica.since >= proven_s
+    d.at_rest = False
+    d.note_death(replica, text, now)
+    d.stop(replica, now)
+    goal = d.goal_of(replica)
+    if goal is None or goal not in d.upkeep():
+        return
+    if goal.in_progress:
+        count_failure(d, replica, text, now)
+        return
+    # One that was well for long is replaced at once, by the next pass.
+    if not proven and len(d.alive(goal)) < goal.spec.num_replicas:
+        relapses = replica.relapses + 1
+        again = retry(d, goal, relapses, RETRY_MAX_REACHED_S, text, now)
+        again.relapses = relapses
+
+
+def watch(d: ManagedDeployment) -> None:
+    """Tell replicas when the rhythm of their checks has changed.
+
+    Parameters
+    ----------
+    d
+        The deployment.
+    """
+    for r in d.replicas.values():
+        rhythm = r.spec.health_check_period_s, r.spec.health_check_timeout_s
+        told = r.state in (ReplicaState.STARTING, ReplicaState.RUNNING)
+        if told and r.watched != rhythm:
+            r.watched = rhythm
+            d.shared.actions.append(WatchReplica(r.replica_id, r.worker, *rhythm))
