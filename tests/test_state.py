@@ -1146,9 +1146,20 @@ def test_workers_loss_counts_once(rig: Rig) -> None:
     assert rig.states()[7] == "PENDING"
 
 
+def test_constructor_that_takes_its_worker_down_unheard(rig: Rig) -> None:
+    """It ended its process before anything was sent from there."""
+    ticket = rig.deploy(num_replicas=1)
+    for number in (1, 2, 3):
+        rig.wait(5)
+        rig.now += 0.1
+        actions = rig.leave(number)
+    assert "worker tcp://10.0.0.3:4000 left" in failure(actions, ticket).text
+
+
 def test_loss_before_the_constructor_does_not_count(rig: Rig) -> None:
     rig.deploy(num_replicas=1)
     rig.reconcile()
+    rig.now += 5
     assert started(rig.leave(1)) == [2]
 
 

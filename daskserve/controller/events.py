@@ -13,6 +13,9 @@ from daskserve.controller.deployment_state import ManagedDeployment
 from daskserve.controller.goals import count_failure, give_up
 from daskserve.controller.records import Replica, ReplicaState, last_line
 
+#: A replica that was sent to a worker so lately may have begun there unheard.
+_NEWS_S = 5.0
+
 
 def initializing(replica: Replica, pid: int | None, now: float) -> None:
     """Note that the constructor has begun.
@@ -129,11 +132,18 @@ def lost(
     for replica in replicas:
         if replica.state != ReplicaState.STOPPING:
             d.note_death(replica, reason, now)
-        if blame and replica.state == ReplicaState.STARTING and replica.initializing:
+        if blame and _may_be_the_cause(replica, now):
             blamed.setdefault(replica.worker, replica)
         d.release(replica)
     for replica in blamed.values():
         count_failure(d, replica, f"lost while its constructor ran: {reason}", now)
+
+
+def _may_be_the_cause(replica: Replica, now: float) -> bool:
+    if replica.state != ReplicaState.STARTING:
+        return False
+    # One that ends its process at once takes the news of its beginning along.
+    return replica.initializing or now - replica.since < _NEWS_S
 
 
 def reconfigured(

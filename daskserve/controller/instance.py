@@ -259,11 +259,19 @@ class Instance:
         if own_fault:
             self._state.replica_failed(replica_id, reason, now=now)
         else:
-            # Its worker may well be there, and go on running it.
-            for worker in list(self._scheduler.workers):
-                self._discard(worker, replica_id)
-            self._state.replica_lost(replica_id, reason, now=now)
+            # If its worker is just leaving, the scheduler says so in a moment, which is
+            # the better reason.
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self._actor_lost, replica_id, reason)
         self._wake.set()
+
+    def _actor_lost(self, replica_id: int, reason: str) -> None:
+        if not self._state.knows(replica_id):
+            return
+        # Its worker may well be there, and go on running it.
+        for worker in list(self._scheduler.workers):
+            self._discard(worker, replica_id)
+        self._state.replica_lost(replica_id, reason, now=time.monotonic())
 
     def _discard(self, worker: str, replica_id: int) -> None:
         self._command(
