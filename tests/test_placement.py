@@ -163,7 +163,7 @@ def test_nobody_offers_enough() -> None:
 
 def test_paused_workers() -> None:
     text = reason(choose(view(1, accepting=False), view(2, accepting=False)))
-    assert "paused or closing: tcp://10.0.0.1:4001, tcp://10.0.0.2:4002" in text
+    assert "paused, closing or silent: tcp://10.0.0.1:4001, tcp://10.0.0.2:4002" in text
     assert choose(view(1, accepting=False), view(2)) == view(2).address
 
 

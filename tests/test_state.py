@@ -1163,6 +1163,29 @@ def test_loss_before_the_constructor_does_not_count(rig: Rig) -> None:
     assert started(rig.leave(1)) == [2]
 
 
+def test_back_off_of_one_that_takes_its_workers_down_again_and_again() -> None:
+    rig = Rig(9)
+    rig.healthy(num_replicas=1)
+    rig.now += 1000
+    # One that ran for long is replaced at once.
+    (replica_id,) = started(rig.leave(1))
+    rig.start(replica_id)
+    rig.now += 2
+    (replica_id,) = started(rig.leave(2))
+    delays = []
+    for number in range(3, 8):
+        rig.start(replica_id)
+        rig.now += 2
+        assert started(rig.leave(number)) == []
+        (pending,) = rig.status()["replicas"]
+        delays.append(float(pending["reason"].split()[1]))
+        (replica_id,) = started(rig.wait(delays[-1] + 0.01))
+    assert delays == [0.1, 0.2, 0.4, 0.8, 1.6]
+    rig.start(replica_id)
+    rig.now += 4
+    assert started(rig.leave(8)) == [replica_id + 1]
+
+
 # deploy_timeout_s
 
 
@@ -1249,6 +1272,7 @@ def test_lost_worker_is_replaced_at_once(rig: Rig) -> None:
 
 def test_reason_before_the_replacement(rig: Rig) -> None:
     rig.healthy()
+    rig.now += 10
     rig.state.replica_lost(1, "health check failed", now=rig.now)
     assert rig.routed() == [2]
     assert rig.status()["reason"] == (
@@ -1360,6 +1384,7 @@ def test_worker_is_back_under_its_address(rig: Rig) -> None:
 def test_last_ten_deaths(rig: Rig) -> None:
     rig.healthy(num_replicas=1)
     for number in range(1, 13):
+        rig.now += 10
         rig.state.replica_lost(number, f"number {number}", now=rig.now)
         rig.start(*started(rig.reconcile()))
     reasons = [death["reason"] for death in rig.status()["deaths"]]

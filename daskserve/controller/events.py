@@ -10,11 +10,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from daskserve.controller.deployment_state import ManagedDeployment
-from daskserve.controller.goals import count_failure, give_up
+from daskserve.controller.goals import count_failure, give_up, relapse
 from daskserve.controller.records import Replica, ReplicaState, last_line
 
 #: A replica that was sent to a worker so lately may have begun there unheard.
 _NEWS_S = 5.0
+#: One that ran for no longer may itself be why its worker is lost. If it is, the next
+#: is not to take down another worker at once.
+_YOUNG_S = 3.0
 
 
 def initializing(replica: Replica, pid: int | None, now: float) -> None:
@@ -129,14 +132,19 @@ def lost(
     """
     d.at_rest = False
     blamed: dict[str, Replica] = {}
+    young = []
     for replica in replicas:
         if replica.state != ReplicaState.STOPPING:
             d.note_death(replica, reason, now)
         if blame and _may_be_the_cause(replica, now):
             blamed.setdefault(replica.worker, replica)
+        elif blame and _is_young(replica, now):
+            young.append(replica)
         d.release(replica)
     for replica in blamed.values():
         count_failure(d, replica, f"lost while its constructor ran: {reason}", now)
+    for replica in young:
+        relapse(d, replica, reason, now)
 
 
 def _may_be_the_cause(replica: Replica, now: float) -> bool:
@@ -144,6 +152,12 @@ def _may_be_the_cause(replica: Replica, now: float) -> bool:
         return False
     # One that ends its process at once takes the news of its beginning along.
     return replica.initializing or now - replica.since < _NEWS_S
+
+
+def _is_young(replica: Replica, now: float) -> bool:
+    """Whether it may have taken its worker down soon after it began to run."""
+    running = replica.state == ReplicaState.RUNNING
+    return running and now - replica.since < _YOUNG_S
 
 
 def reconfigured(

@@ -16,7 +16,7 @@ from daskserve.controller.records import (
 _RETRY_FIRST_S = 0.1
 _RETRY_MAX_S = 5.0
 #: The longest wait once a deployment was healthy.
-RETRY_MAX_REACHED_S = 30.0
+_RETRY_MAX_REACHED_S = 30.0
 _MAX_LISTED = 10
 
 
@@ -169,7 +169,7 @@ def count_failure(d: ManagedDeployment, dead: Replica, text: str, now: float) ->
         what = f"{goal.failures} of {limit} tries to start a replica failed, the last"
         give_up(d, f"{what} on {dead.worker} with {last_line(text)}", text)
         return
-    most = _RETRY_MAX_S if goal.in_progress else RETRY_MAX_REACHED_S
+    most = _RETRY_MAX_S if goal.in_progress else _RETRY_MAX_REACHED_S
     retry(d, goal, goal.failures, most, text, now)
 
 
@@ -209,6 +209,31 @@ def retry(
     again.not_before = now + delay
     again.reason = f"waits {delay:g} s for another try after {last_line(text)}"
     return again
+
+
+def relapse(d: ManagedDeployment, dead: Replica, text: str, now: float) -> None:
+    """Replace one that ended soon after its start; the second in a row, later.
+
+    Parameters
+    ----------
+    d
+        The deployment.
+    dead
+        The one before, which just ended; no longer in the deployment, or told to stop.
+    text
+        Why it ended.
+    now
+        Time in seconds.
+    """
+    goal = d.goal_of(dead)
+    if goal is None or goal not in d.upkeep():
+        return
+    if len(d.alive(goal)) < goal.spec.num_replicas:
+        if dead.relapses == 0:
+            again = d.add(goal, now)
+        else:
+            again = retry(d, goal, dead.relapses, _RETRY_MAX_REACHED_S, text, now)
+        again.relapses = dead.relapses + 1
 
 
 def waits_for(replica: Replica, now: float) -> str:

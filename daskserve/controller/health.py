@@ -14,7 +14,7 @@ from typing import TypeAlias
 from daskserve.controller import events
 from daskserve.controller.actions import WatchReplica
 from daskserve.controller.deployment_state import ManagedDeployment
-from daskserve.controller.goals import RETRY_MAX_REACHED_S, count_failure, retry
+from daskserve.controller.goals import count_failure, relapse
 from daskserve.controller.records import Replica, ReplicaState, Spec
 from daskserve.transport.messages import IDLE_PATIENCE_S, LEAST_PATIENCE_S
 
@@ -209,16 +209,11 @@ def note_trouble(
     d.note_death(replica, text, now)
     d.stop(replica, now)
     goal = d.goal_of(replica)
-    if goal is None or goal not in d.upkeep():
-        return
-    if goal.in_progress:
+    if goal is not None and goal.in_progress:
         count_failure(d, replica, text, now)
-        return
+    elif not proven:
+        relapse(d, replica, text, now)
     # One that was well for long is replaced at once, by the next pass.
-    if not proven and len(d.alive(goal)) < goal.spec.num_replicas:
-        relapses = replica.relapses + 1
-        again = retry(d, goal, relapses, RETRY_MAX_REACHED_S, text, now)
-        again.relapses = relapses
 
 
 def watch(d: ManagedDeployment) -> None:

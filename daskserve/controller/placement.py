@@ -412,7 +412,8 @@ def _why_nowhere(
     accepting = [v for v in offering if v.accepting]
     if not accepting:
         known = _listed(v.address for v in _sorted(offering))
-        return Unplaceable(f"paused or closing: {known}, and no other worker will do")
+        reason = f"paused, closing or silent: {known}, and no other worker will do"
+        return Unplaceable(reason)
     staying = [v for v in accepting if v.leaving is None]
     if not staying:
         known = _listed(v.address for v in _sorted(accepting))
