@@ -1,0 +1,32 @@
+"""What can be done to a cluster, each noted in its history. The harness."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from tests.chaos.cluster import Fleet
+from tests.utils import poll
+
+
+def kill(fleet: Fleet, pid: int, *, holds_proxy: bool) -> None:
+    """Kill a worker's process, as the kernel does when there is no memory."""
+    now = time.monotonic()
+    fleet.history.kills[pid] = now
+    if holds_proxy:
+        fleet.history.proxy_kills.append(now)
+    os.kill(pid, signal.SIGKILL)
+
+
+def retire(fleet: Fleet, worker: str, timeout_s: float) -> None:
+    """Ask Dask to retire a worker, and wait until it has gone."""
+    fleet.client.retire_workers([worker])
+    poll(lambda: worker not in fleet.workers(), timeout_s)
+
+
+def restart(fleet: Fleet) -> None:
+    """Restart all workers; return when they are back."""
+    began = time.monotonic()
+    fleet.history.kills |= {pid: began for pid in fleet.pids().values()}
+    fleet.client.restart(timeout=60)
