@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 from distributed import Client, Future, Scheduler, wait
@@ -135,6 +136,9 @@ class Launcher:
             if action.replica_id in self._futures:  # not the launcher's own end
                 self._on_failure(action.replica_id, "its actor was cancelled", False)
             raise
+        except futures.CancelledError:
+            if action.replica_id in self._futures:  # by a restart it crossed on the way
+                self._on_failure(action.replica_id, "its actor was cancelled", False)
         except Exception as err:
             if future is not None and action.replica_id not in self._futures:
                 return  # released while it was waited for
