@@ -27,7 +27,8 @@ class Replica(StandIn):
     async def listen(self, context: ssl.SSLContext | None = None) -> DirectAddress:
         self.batches: list[int] = []
         self.listener = DirectListener(self, self.take, watch())
-        return await self.listener.start("127.0.0.1", context)
+        self.address = await self.listener.start("127.0.0.1", context)
+        return self.address
 
     def take(self, reply_to: Any, batch: list[Message]) -> None:
         self.batches.append(len(batch))
@@ -281,6 +282,23 @@ def test_a_broken_connection_is_made_again() -> None:
         assert made._direct[1] is not first
         assert (await call(made))[0] == RESULT
         lost.cancel()
+
+    dispatching(test)
+
+
+def test_a_broken_connection_casts_doubt_on_the_whole_worker() -> None:
+    async def test(made: Dispatcher, replica: Replica, place: Place) -> None:
+        await until(lambda: made._direct[1].is_open)
+        news = snapshot((1, place), (2, place))
+        news["deployments"]["D"]["replicas"][0][3] = replica.address.to_message()
+        made.update(2, news)
+        neighbour = made.groups["D"].router.slots[2]
+        assert neighbour.reachable
+        for pipe in list(replica.listener._pipes):
+            pipe.abort()
+        await until(lambda: not made._direct)
+        assert not neighbour.reachable  # it may have died with the one that is lost
+        assert (await call(made))[0] == RESULT  # as soon as it is known to live
 
     dispatching(test)
 

@@ -492,7 +492,7 @@ class Dispatcher:
         def closed(channel: DirectChannel) -> None:
             del self._direct[replica_id]
             if channel.broke:
-                self._doubt(replica_id, worker)
+                self._doubt(worker)
             delay = RECONNECT_S if channel.broke else DIRECT_RETRY_S
             self.loop.call_later(delay, self._reopen_direct, replica_id)
 
@@ -506,17 +506,19 @@ class Dispatcher:
         if found is not None and self._has_channel(found[0]):
             self._open_direct(replica_id)
 
-    def _doubt(self, replica_id: int, worker: str) -> None:
-        """Send nothing to a replica whose connection broke, until more is known."""
-        group = self._group_of.get(replica_id)
-        if group is not None:
-            slot = group.router.slots[replica_id]
-            slot.reachable = False
-            self.loop.call_later(RECONNECT_S, self._believe, slot, group)
+    def _doubt(self, worker: str) -> None:
+        """Send nothing where a connection broke, until more is known.
 
-    def _believe(self, slot: Slot, group: Group) -> None:
-        slot.reachable = self._connected(slot)
-        self._hand_out(group)
+        Mostly the process is dead: a request that was in one replica there is not to
+        be lost once more in another.
+        """
+        self._set_reachable(worker, False)
+        self.loop.call_later(RECONNECT_S, self._believe, worker)
+
+    def _believe(self, worker: str) -> None:
+        for replica_id, slot in self._on_worker.get(worker, {}).items():
+            slot.reachable = self._connected(slot)
+            self._hand_out(self._group_of[replica_id])
 
     def _reopen(self, address: str) -> None:
         if address in self._on_worker:
