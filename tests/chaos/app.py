@@ -1,4 +1,4 @@
-"""What the load asks: answers say who served, and files what was begun. In a replica."""
+"""What clients ask: answers say who served, and files who has begun it. In replicas."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import daskserve as serve
 from daskserve.status import DeploymentStatus, ReplicaStatus
 from tests.chaos.app import Echo
 from tests.chaos.contract import History
-from tests.utils import poll
+from tests.utils import free_port, poll
 
 NAME = "Echo"
 
@@ -116,7 +116,7 @@ def open_fleet(
     num_replicas: int = 2,
 ) -> Iterator[Fleet]:
     """Serve from a cluster, until the end."""
-    http = {"port": 0, "location": location}
+    http = {"port": free_port(), "location": location}
     with serve.start(client, detached=True, http_options=http) as instance:
         fleet = Fleet(client, instance, directory, workers)
         before_deploy()

@@ -259,9 +259,7 @@ class Client:
             self._connection.close()
             self._connection = None
 
-    def _encode(
-        self, method: str, request_id: str, sleep: float, body: bytes
-    ) -> bytes:
+    def _encode(self, method: str, request_id: str, sleep: float, body: bytes) -> bytes:
         lines = [
             f"{method} {self._parts.path}?sleep={sleep} HTTP/1.1",
             f"Host: {self._parts.netloc}",
@@ -289,7 +287,7 @@ async def _main(
     url: str, file: str, connections: int, rate: float, seed: int, vanishing: float
 ) -> None:
     ending = asyncio.Event()
-    with open(file, "a") as out:
+    with open(file, "a") as out:  # noqa: ASYNC230
         async with asyncio.TaskGroup() as group:
             for name in range(connections):
                 client = Client(name, url, seed, vanishing)
@@ -302,6 +300,4 @@ async def _main(
 if __name__ == "__main__":
     _url, _file, *_numbers = sys.argv[1:]
     _connections, _rate, _seed, _vanishing = map(float, _numbers)
-    asyncio.run(
-        _main(_url, _file, int(_connections), _rate, int(_seed), _vanishing)
-    )
+    asyncio.run(_main(_url, _file, int(_connections), _rate, int(_seed), _vanishing))

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distributed import Client, LocalCluster
+
 from tests.chaos import faults
 from tests.chaos.app import read_diaries
 from tests.chaos.cluster import Fleet, open_fleet
@@ -54,9 +56,10 @@ def processes(
     options: Options, n_workers: int, **kwargs: Any
 ) -> Iterator[ProcessCluster]:
     """Start a cluster; keep what it has logged, if that is asked for."""
-    with open_logs(options), ProcessCluster(
-        n_workers, nthreads=THREADS, **kwargs
-    ) as cluster:
+    with (
+        open_logs(options),
+        ProcessCluster(n_workers, nthreads=THREADS, **kwargs) as cluster,
+    ):
         yield cluster
 
 
@@ -77,14 +80,21 @@ def loaded(
         file = Path(name) / "fates"
         with Load(fleet.url, file, seed=options.seed, **load) as clients:
             clients.wait(100, 20)
-            yield clients
+            try:
+                yield clients
+            except AssertionError as err:  # what was waited for has not come
+                report.breaches.append(str(err))
     judged = judge_all(clients.fates(), read_diaries(fleet.diaries), fleet.history)
     report.count(judged, may_fail=may_fail)
 
 
 @contextmanager
 def fleet_of(
-    options: Options, n_workers: int, location: str, num_replicas: int = 2, **kwargs: Any
+    options: Options,
+    n_workers: int,
+    location: str,
+    num_replicas: int = 2,
+    **kwargs: Any,
 ) -> Iterator[tuple[Fleet, ProcessCluster]]:
     """Give a fleet on a cluster of processes."""
     with processes(options, n_workers, **kwargs) as cluster, cluster.client() as client:
@@ -115,6 +125,13 @@ def fleet_beside_proxy(
             yield fleet, cluster
 
 
+def spread(times: list[float]) -> str:
+    if not times:
+        return "never"
+    median, most = statistics.median(times), max(times)
+    return f"median {median:.2f} s, max {most:.2f} s of {len(times)}"
+
+
 def sleep_until(moment: float) -> None:
     time.sleep(max(0, moment - time.monotonic()))
 
@@ -136,7 +153,7 @@ def redeploys(options: Options) -> Iterator[Report]:
                     times.append(time.monotonic() - start)
                 if options.seconds is None:
                     load.wait(20_000, 60)
-            report.note(f"deploy(): median {statistics.median(times):.2f} s")
+            report.note(f"deploy(): {spread(times)}")
         yield report
 
 
@@ -155,9 +172,8 @@ def kill(options: Options) -> Iterator[Report]:
                 assert victim is not None
                 faults.kill(fleet, victim, holds_proxy=False)
                 times.append(fleet.wait_for_strength(60))
-        median = statistics.median(times)
-        text = f"back to full strength: median {median:.2f} s, max {max(times):.2f} s"
-        report.check(median <= 5, f"{text}, of {len(times)} kills")
+        is_soon = statistics.median(times or [0]) <= 5
+        report.check(is_soon, f"back to full strength: {spread(times)}")
     yield report
 
 
@@ -179,8 +195,7 @@ def kill_proxy(options: Options) -> Iterator[Report]:
                 poll(fleet.proxies, 20)
                 sleep_until(killed + 8)
         report.check(fleet.url == url, f"the URL is {fleet.url}, was {url}")
-        text = f"answers again: median {statistics.median(times):.2f} s"
-        report.check(max(times) <= 3, f"{text}, max {max(times):.2f} s")
+        report.check(max(times, default=0) <= 3, f"answers again: {spread(times)}")
     yield report
 
 
@@ -202,9 +217,143 @@ def restart(options: Options) -> Iterator[Report]:
                     fleet.history.outages.append((began, max(strong, back + 5)))
                     fleet.history.proxy_kills.append(began)
                     sleep_until(began + 12)
-            text = f"answers after the workers' return: max {max(times):.2f} s"
-            report.check(max(times) <= 5, text)
+            text = f"answers after the workers' return: {spread(times)}"
+            report.check(max(times, default=0) <= 5, text)
         yield report
+
+
+Step = Callable[[Fleet, int], None]
+
+
+def without_loss(
+    fleet: Fleet, report: Report, options: Options, seconds: float, step: Step
+) -> None:
+    """Do something again and again, every 3 s at most; no request may fail."""
+    times = []
+    with loaded(fleet, report, options, may_fail=False) as load:
+        end = time.monotonic() + options.lasts(seconds)
+        for number in itertools.count():
+            began = time.monotonic()
+            if began > end:
+                break
+            step(fleet, number)
+            times.append(time.monotonic() - began)
+            sleep_until(began + 3)
+        if options.seconds is None:
+            load.wait(10_000, 60)
+        strong = fleet.wait_for_strength(20)
+        report.note(f"in full strength {strong:.2f} s after the last")
+    report.note(f"took {spread(times)}")
+
+
+@scenario
+def retire(options: Options) -> Iterator[Report]:
+    """`Client.retire_workers()`, one by one, as new ones come: none may fail."""
+    for location in options.locations:
+        report = Report(f"retire, {location}")
+        with fleet_of(options, 3, location) as (fleet, cluster):
+
+            def step(fleet: Fleet, number: int) -> None:
+                faults.add_worker(fleet, cluster, nanny=True)
+                replica = fleet.replicas()[0].worker
+                faults.retire(fleet, [replica, *fleet.proxies()][number % 2])
+
+            without_loss(fleet, report, options, 36, step)
+        yield report
+
+
+@scenario
+def sigterm(options: Options) -> Iterator[Report]:
+    """SIGTERM for workers, with and without nanny, one by one: none may fail."""
+    for location in options.locations:
+        report = Report(f"sigterm, {location}")
+        with fleet_of(options, 3, location, nanny=[True, False, True]) as (fleet, c):
+
+            def step(fleet: Fleet, number: int) -> None:
+                faults.add_worker(fleet, c, nanny=bool(number % 2))
+                faults.terminate(c)
+
+            without_loss(fleet, report, options, 36, step)
+        yield report
+
+
+@scenario
+def lifetime(options: Options) -> Iterator[Report]:
+    """`--lifetime 20s` on every worker, one more every 5 s: none may fail."""
+    for location in options.locations:
+        report = Report(f"lifetime, {location}")
+        args = ("--lifetime", "20s")
+        with fleet_of(options, 1, location, worker_args=args) as (fleet, cluster):
+
+            def step(fleet: Fleet, number: int) -> None:
+                began = time.monotonic()
+                cluster.add_worker(nanny=True)
+                sleep_until(began + 5)
+
+            without_loss(fleet, report, options, 60, step)
+        yield report
+
+
+@contextmanager
+def local_fleet(location: str) -> Iterator[tuple[Fleet, LocalCluster]]:
+    """Give a fleet on a `LocalCluster`, whose scheduler is in this process."""
+    with (
+        tempfile.TemporaryDirectory(prefix="daskserve-chaos-") as name,
+        LocalCluster(4, threads_per_worker=THREADS, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+        open_fleet(client, Path(name), location) as fleet,
+    ):
+        yield fleet, cluster
+
+
+@scenario
+def scale_down(options: Options) -> Iterator[Report]:
+    """`cluster.scale()` from 4 workers to 2 and back: none may fail."""
+    for location in options.locations:
+        report = Report(f"scale-down, {location}")
+        with local_fleet(location) as (fleet, cluster):
+
+            def step(fleet: Fleet, number: int) -> None:
+                count = 4 if number % 2 else 2
+                cluster.scale(count)
+                poll(lambda: len(fleet.workers()) == count, faults.LEAVE_S)
+
+            without_loss(fleet, report, options, 36, step)
+        yield report
+
+
+@scenario
+def adapt(options: Options) -> Iterator[Report]:
+    """`cluster.adapt()`, to 4 workers for tasks and back to 2: none may fail."""
+    for location in options.locations:
+        report = Report(f"adapt, {location}")
+        with local_fleet(location) as (fleet, cluster):
+            cluster.adapt(minimum=2, maximum=4, interval="300ms", wait_count=2)
+
+            def step(fleet: Fleet, number: int) -> None:
+                poll(lambda: len(fleet.workers()) == 2, faults.LEAVE_S)
+                tasks = fleet.client.map(time.sleep, [0.2] * 100, pure=False)
+                poll(lambda: len(fleet.workers()) == 4, 40)
+                fleet.client.gather(tasks)
+
+            without_loss(fleet, report, options, 36, step)
+        yield report
+
+
+@scenario
+def idle(options: Options) -> Iterator[Report]:
+    """`--idle-timeout 2s` and a deployment, which nobody asks: alive after 30 s."""
+    report = Report("idle")
+    args = ("--idle-timeout", "2s")
+    with fleet_of(options, 2, "HeadOnly", scheduler_args=args) as (fleet, cluster):
+        seconds = options.lasts(30)
+        time.sleep(seconds)
+        alive = cluster.scheduler.poll() is None
+        report.check(alive, f"the scheduler is alive after {seconds:g} s: {alive}")
+        if alive:
+            with loaded(fleet, report, options, may_fail=False):
+                pass
+    yield report
 
 
 def time_to_answer(load: Load, since: float) -> float:
