@@ -94,7 +94,12 @@ class Fleet:
 
     def workers(self) -> set[str]:
         """Return the addresses of all workers."""
-        return set(self.client.scheduler_info(n_workers=-1)["workers"])
+        return set(self.names())
+
+    def names(self) -> dict[str, str]:
+        """Return the names of all workers, by address."""
+        workers = self.client.scheduler_info(n_workers=-1)["workers"]
+        return {address: str(facts["name"]) for address, facts in workers.items()}
 
     def wait_for_strength(self, timeout_s: float) -> float:
         """Wait until all replicas run that should; return the seconds."""

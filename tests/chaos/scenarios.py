@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +17,14 @@ from typing import Any
 
 from distributed import Client, LocalCluster
 
-from tests.chaos import faults
+from tests.chaos import faults, invariants
 from tests.chaos.app import read_diaries
 from tests.chaos.cluster import Fleet, open_fleet
 from tests.chaos.contract import judge_all
+from tests.chaos.invariants import Memory
 from tests.chaos.load import Load
 from tests.chaos.report import Report
+from tests.chaos.storm import Storm
 from tests.utils import ProcessCluster, poll
 
 #: Workers hold more replicas than one while others come and go.
@@ -338,6 +341,29 @@ def adapt(options: Options) -> Iterator[Report]:
 
             without_loss(fleet, report, options, 36, step)
         yield report
+
+
+@scenario
+def storm(options: Options) -> Iterator[Report]:
+    """10 minutes of faults by chance, by `--seed`; at the end nothing may be left."""
+    location = random.Random(options.seed).choice(options.locations)
+    report = Report(f"storm, {location}, seed {options.seed}")
+    memory = Memory()
+    with fleet_of(options, 4, location) as (fleet, cluster):
+        storm = Storm(fleet, cluster, options.seed)
+        with loaded(fleet, report, options, may_fail=True, vanishing=0.02):
+            began = time.monotonic()
+            while time.monotonic() < began + options.lasts(600):
+                step = time.monotonic()
+                what = storm.step()
+                print(f"{step - began:7.2f} s: {what}", file=sys.stderr)
+                memory.look(fleet)
+                sleep_until(step + 5)
+        report.note(", ".join(f"{kind} {n}" for kind, n in storm.done.items()))
+        invariants.check(fleet, cluster, report)
+        memory.look(fleet)
+        memory.check(report)
+    yield report
 
 
 @scenario
