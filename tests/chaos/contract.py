@@ -10,6 +10,8 @@ from tests.chaos.load import Fate
 
 #: How long after a process was killed others may still send to it.
 NEWS_S = 1.0
+#: How long a process that was killed may take to die: its connections end with it.
+DYING_S = 0.2
 #: What a client may get while nothing need be there to serve it.
 OUT_OF_ORDER = frozenset({"refused", "closed", "cut", "502", "503"})
 
@@ -95,7 +97,7 @@ def _excuse(fate: Fate, pids: list[int], history: History) -> str | None:
             if fate.outcome in OUT_OF_ORDER:
                 return "nothing was there"
     if fate.outcome in ("refused", "closed", "cut"):
-        if any(_meanwhile(fate, at, 0) for at in history.proxy_kills):
+        if any(_meanwhile(fate, at, DYING_S) for at in history.proxy_kills):
             return "its proxy was killed"
     if fate.outcome not in ("502", "cut"):
         return None

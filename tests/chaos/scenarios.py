@@ -39,6 +39,8 @@ class Options:
     seconds: float | None = None
     locations: tuple[str, ...] = ("HeadOnly", "EveryNode")
     logs: Path | None = None
+    faults: tuple[str, ...] = ()
+    pause: float = 5
 
     def lasts(self, seconds: float) -> float:
         """Return how long the load lasts, if it is `seconds` by default."""
@@ -350,7 +352,7 @@ def storm(options: Options) -> Iterator[Report]:
     report = Report(f"storm, {location}, seed {options.seed}")
     memory = Memory()
     with fleet_of(options, 4, location) as (fleet, cluster):
-        storm = Storm(fleet, cluster, options.seed)
+        storm = Storm(fleet, cluster, options.seed, options.faults)
         with loaded(fleet, report, options, may_fail=True, vanishing=0.02):
             began = time.monotonic()
             while time.monotonic() < began + options.lasts(600):
@@ -358,7 +360,7 @@ def storm(options: Options) -> Iterator[Report]:
                 what = storm.step()
                 print(f"{step - began:7.2f} s: {what}", file=sys.stderr)
                 memory.look(fleet)
-                sleep_until(step + 5)
+                sleep_until(step + options.pause)
         report.note(", ".join(f"{kind} {n}" for kind, n in storm.done.items()))
         invariants.check(fleet, cluster, report)
         memory.look(fleet)

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Collection
 
 import daskserve as serve
 from daskserve.exceptions import DeploymentFailedError
@@ -38,19 +39,28 @@ class Storm:
         What it is done to; workers have nannies.
     seed
         Of what is done, and to whom.
+    kinds
+        What is done at all; none: everything.
     """
 
-    def __init__(self, fleet: Fleet, cluster: ProcessCluster, seed: int) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        cluster: ProcessCluster,
+        seed: int,
+        kinds: Collection[str] = (),
+    ) -> None:
         self._fleet = fleet
         self._cluster = cluster
         self._random = random.Random(seed)
         self._num_replicas = 2
         #: What was done, and how often.
-        self.done = dict.fromkeys(WEIGHTS, 0)
+        self.done = dict.fromkeys(kinds or WEIGHTS, 0)
 
     def step(self) -> str:
         """Do something; return what."""
-        (kind,) = self._random.choices(list(WEIGHTS), list(WEIGHTS.values()))
+        weights = [WEIGHTS[kind] for kind in self.done]
+        (kind,) = self._random.choices(list(self.done), weights)
         self.done[kind] += 1
         return f"{kind} {getattr(self, f'_{kind}')() or ''}".strip()
 
