@@ -26,6 +26,7 @@ LAYERS = [
     "handle",
     "controller.*",
     "worker",
+    "leaving",
     "session",
     "batching",
     "multiplex",
@@ -68,7 +69,15 @@ PURE = [
 #: ... and those of them that do the I/O for the others.
 IMPURE = [
     f"controller.{name}"
-    for name in ("head", "instance", "launcher", "plugin", "proxy_manager", "publisher")
+    for name in (
+        "departures",
+        "head",
+        "instance",
+        "launcher",
+        "plugin",
+        "proxy_manager",
+        "publisher",
+    )
 ]
 
 

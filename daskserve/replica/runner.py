@@ -531,7 +531,7 @@ class Runner:
         arguments: bytes,
         future_keys: tuple[Any, ...],
         request_id: str | None,
-        model_id: str,
+        model_id: str = "",
     ) -> None:
         call.entered = True
         self._enter(request_id, None, model_id)
