@@ -65,7 +65,8 @@ def check(fleet: Fleet, cluster: ProcessCluster, report: Report) -> None:
     status = fleet.status()
     running = len(fleet.replicas())
     text = f"{running} replicas of {status.target_replicas}, {status.state}"
-    in_order = running == status.target_replicas and status.state == "HEALTHY"
+    settled = status.state in ("HEALTHY", "DEPLOY_FAILED")
+    in_order = running == status.target_replicas and settled
     report.check(in_order, f"{text} {status.reason}".rstrip())
     surplus = _surplus(fleet, cluster)
     report.check(not surplus, "; ".join(surplus) or "no actor, process or port is left")
