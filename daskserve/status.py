@@ -20,7 +20,7 @@ class InstanceStatus:
 
 @dataclass(frozen=True, slots=True)
 class ProxyStatus:
-    """One HTTP proxy; `state` is ``STARTING``, ``HEALTHY`` or ``FAILED``."""
+    """One HTTP proxy; `state`: ``STARTING``, ``HEALTHY``, ``FAILED``, ``DRAINING``."""
 
     worker: str
     host: str

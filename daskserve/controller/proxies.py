@@ -128,7 +128,7 @@ def _goes_on(
     leaving = view.leaving
     if leaving is None:
         return True
-    if now >= leaving.let_go_at(DRAIN_S):
+    if view.address not in current or now >= leaving.let_go_at(DRAIN_S):
         return False
     rank = (leaving.deadline, leaving.since, view.address)
     for other in views.values():
