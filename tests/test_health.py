@@ -19,7 +19,7 @@ from starlette.requests import Request
 import daskserve as serve
 from daskserve import pickling
 from daskserve.controller.actions import Settle, WatchReplica
-from daskserve.controller.health import HealthBoard
+from daskserve.controller.health import HealthBoard, note_silence
 from daskserve.replica.health import HealthMonitor
 from daskserve.transport.loops import LoopThread
 from tests.test_failures import Storm, processes, workers_of
@@ -54,7 +54,7 @@ def board() -> Board:
 
 def test_silent_worker(board: Board) -> None:
     board.heard("a")
-    board.report("b", 3.0, [])
+    board.report("b", 1.0, 3.0, [])
     assert board.wait(2.9) == {}
     assert board.wait(1) == {"b": 3.9}
     assert board.wait(37) == {"a": 40.9, "b": 40.9}
@@ -66,22 +66,51 @@ def test_silent_worker(board: Board) -> None:
 
 
 def test_time_in_which_the_scheduler_stood_still_does_not_count(board: Board) -> None:
-    board.report("a", 3.0, [])
+    board.report("a", 1.0, 3.0, [])
     board.now += 1000
     assert board.wait(1.9) == {}
     assert board.wait(1) == {"a": 3.8}  # a second of the thousand
 
 
+@pytest.mark.parametrize(
+    ("workers", "number", "widespread"),
+    [(1, 1, True), (2, 1, False), (3, 2, False), (3, 3, True), (9, 4, False)]
+    + [(9, 5, True), (100, 49, False), (100, 50, True)],
+)
+def test_fault_on_our_side(
+    board: Board, workers: int, number: int, widespread: bool
+) -> None:
+    names = [f"w{i}" for i in range(workers)]
+    for name in names:
+        board.report(name, 1.0, 3.0, [])
+    assert len(board.wait(4, *names[number:])) == number
+    assert board.widespread == widespread
+
+
+def test_fault_on_our_side_is_seen_with_the_first_silent_worker(board: Board) -> None:
+    for number in range(10):  # they report one after the other, every ten seconds
+        board.report(f"w{number}", 10.0, 40.0, [])
+        board.wait(1)
+    while not board.wait(0.1):
+        pass
+    assert len(board.silent) == 1
+    assert board.widespread
+    for number in range(10):
+        board.heard(f"w{number}")
+    board.wait(0.1)
+    assert not board.widespread
+
+
 def test_troubles_that_are_news(board: Board) -> None:
     ill = (1, False, "ill")
-    assert board.report("a", 3.0, [ill]) == [ill]
-    assert board.report("a", 3.0, [list(ill)]) == []  # type: ignore[list-item]
+    assert board.report("a", 1.0, 3.0, [ill]) == [ill]
+    assert board.report("a", 1.0, 3.0, [list(ill)]) == []  # type: ignore[list-item]
     worse = (1, True, "very ill")
-    assert board.report("a", 3.0, [worse, (2, False, "ill")]) == [
+    assert board.report("a", 1.0, 3.0, [worse, (2, False, "ill")]) == [
         worse,
         (2, False, "ill"),
     ]
-    assert board.report("a", 3.0, [worse]) == [(2, False, "")]
+    assert board.report("a", 1.0, 3.0, [worse]) == [(2, False, "")]
 
 
 # What follows from it, likewise.
@@ -137,6 +166,13 @@ def test_silent_while_its_replicas_start(rig: Rig) -> None:
     assert started(rig.reconcile()) == [3]
     assert rig.replica(3)["worker"] == address(3)
     assert rig.start(2, 3) == [Settle(ticket)]
+
+
+def test_silence_shows_in_the_status(rig: Rig) -> None:
+    rig.healthy()
+    status = note_silence(rig.state.status(now=rig.now), {address(2): 3.2})
+    reasons = [replica["reason"] for replica in status["f"]["replicas"]]
+    assert reasons == ["", "its worker has said nothing for 3 s"]
 
 
 def test_draining_replica_of_a_silent_worker(rig: Rig) -> None:
@@ -289,6 +325,7 @@ def test_report_of_a_replica_that_is_well(watch: Watch) -> None:
     poll(lambda: replica.messages)
     assert replica.messages[0] == {
         "op": "serve-health",
+        "period_s": 1.5,
         "patience_s": 4.5,
         "troubles": [],
     }
@@ -301,7 +338,14 @@ def test_worker_without_replicas_reports() -> None:
     thread.submit(HealthMonitor({}, messages.append).run())
     poll(lambda: messages)
     thread.stop()
-    assert messages == [{"op": "serve-health", "patience_s": 40.0, "troubles": []}]
+    assert messages == [
+        {
+            "op": "serve-health",
+            "period_s": 10.0,
+            "patience_s": 40.0,
+            "troubles": [],
+        }
+    ]
 
 
 def test_blocked_loop_is_ill_and_says_where(watch: Watch) -> None:

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from daskserve.controller import events
 from daskserve.controller.actions import WatchReplica
 from daskserve.controller.deployment_state import ManagedDeployment
 from daskserve.controller.goals import count_failure, relapse
 from daskserve.controller.records import Replica, ReplicaState, Spec
-from daskserve.transport.messages import IDLE_PATIENCE_S, LEAST_PATIENCE_S
+from daskserve.transport.messages import (
+    IDLE_PATIENCE_S,
+    IDLE_PERIOD_S,
+    LEAST_PATIENCE_S,
+)
 
 #: Of a replica: its number, whether it must be replaced, and what is wrong; "" when
 #: it is well again.
@@ -25,6 +29,10 @@ Trouble: TypeAlias = tuple[int, bool, str]
 #: What time of ours counts between two looks: while the scheduler itself stood still,
 #: no worker could be heard.
 _MAX_LOOK_S = 1.0
+#: By how much a report is late, and fewer late workers than how many are never taken
+#: for a fault of the network, unless they are all.
+_LATE_S = 1.0
+_FEW = 3
 #: A replica that falls ill before it has run for so many periods of its checks is one
 #: more of a row, and the next one has to wait.
 _PROVEN_PERIODS = 10
@@ -33,6 +41,8 @@ _PROVEN_PERIODS = 10
 @dataclass(slots=True)
 class _Worker:
     heard_at: float
+    #: How often it reports.
+    period_s: float = IDLE_PERIOD_S
     #: How long it may say nothing before anything of it is given up.
     patience_s: float = IDLE_PATIENCE_S
     troubles: dict[int, Trouble] = field(default_factory=dict)
@@ -44,6 +54,10 @@ class HealthBoard:
     def __init__(self) -> None:
         #: Workers that say nothing, and for how many seconds they have not.
         self.silent: dict[str, float] = {}
+        #: Whether so many are late that the fault may well be on our side. When the
+        #: scheduler's host is cut off, the workers go on serving, and the few that are
+        #: left here could not take over from all the others.
+        self.widespread = False
         self._workers: dict[str, _Worker] = {}
         #: Seconds in which workers could have been heard.
         self._clock = 0.0
@@ -62,7 +76,11 @@ class HealthBoard:
         self.silent.pop(worker, None)
 
     def report(
-        self, worker: str, patience_s: float, troubles: Iterable[Trouble]
+        self,
+        worker: str,
+        period_s: float,
+        patience_s: float,
+        troubles: Iterable[Trouble],
     ) -> list[Trouble]:
         """Take a worker's report.
 
@@ -70,6 +88,8 @@ class HealthBoard:
         ----------
         worker
             Address of the worker.
+        period_s
+            How often it reports.
         patience_s
             How long it may say nothing before anything of it is given up.
         troubles
@@ -82,7 +102,7 @@ class HealthBoard:
         """
         self.heard(worker)
         found = self._workers[worker]
-        found.patience_s = patience_s
+        found.period_s, found.patience_s = period_s, patience_s
         # Lists, after msgpack.
         former, found.troubles = found.troubles, {n: (n, f, t) for n, f, t in troubles}
         well = [(n, False, "") for n in former if n not in found.troubles]
@@ -116,10 +136,15 @@ class HealthBoard:
         if self._looked_at is not None:
             self._clock += min(now - self._looked_at, _MAX_LOOK_S)
         self._looked_at = now
+        late = 0
         for address, worker in self._workers.items():
             silence = self._clock - worker.heard_at
+            # Sooner than silent: else the first ones to be so would not seem many.
+            late += silence > min(worker.period_s + _LATE_S, worker.patience_s)
             if silence > worker.patience_s:
                 self.silent[address] = silence
+        number = len(self._workers)
+        self.widespread = late == number or late >= max(_FEW, number / 2)
         return self.silent
 
 
@@ -230,3 +255,28 @@ def watch(d: ManagedDeployment) -> None:
         if told and r.watched != rhythm:
             r.watched = rhythm
             d.shared.actions.append(WatchReplica(r.replica_id, r.worker, *rhythm))
+
+
+def note_silence(status: dict[str, Any], silent: Mapping[str, float]) -> dict[str, Any]:
+    """Add to a status which replicas are on workers that say nothing.
+
+    Parameters
+    ----------
+    status
+        Deployments by name; what `reports.status_of` made.
+    silent
+        Workers that say nothing, and for how many seconds they have not.
+
+    Returns
+    -------
+    dict
+        The same.
+    """
+    for deployment in status.values() if silent else ():
+        for replica in deployment["replicas"]:
+            if replica["worker"] in silent:
+                text = (
+                    f"its worker has said nothing for {silent[replica['worker']]:.0f} s"
+                )
+                replica["reason"] = "; ".join(filter(None, [replica["reason"], text]))
+    return status

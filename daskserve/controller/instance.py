@@ -24,7 +24,7 @@ from daskserve.controller.actions import (
     StopReplica,
     WatchReplica,
 )
-from daskserve.controller.health import HealthBoard, Trouble
+from daskserve.controller.health import HealthBoard, Trouble, note_silence
 from daskserve.controller.launcher import Launcher, is_ours
 from daskserve.controller.leaving import LeaveBoard, needed_workers
 from daskserve.controller.placement import WorkerView
@@ -178,7 +178,9 @@ class Instance:
                     self.proxies.records.values(), key=lambda r: (r.url or "", r.worker)
                 )
             ],
-            "deployments": self._state.status(now=time.monotonic()),
+            "deployments": note_silence(
+                self._state.status(now=time.monotonic()), self._health.silent
+            ),
         }
 
     # News.
@@ -239,7 +241,11 @@ class Instance:
         self._wake.set()
 
     def health_report(
-        self, worker: str, patience_s: float, troubles: list[Trouble]
+        self,
+        worker: str,
+        period_s: float,
+        patience_s: float,
+        troubles: list[Trouble],
     ) -> None:
         """Take what a worker says of itself and of replicas that are ill."""
         if not self.publisher.has(worker):
@@ -249,7 +255,7 @@ class Instance:
             self._wake.set()
         now = time.monotonic()
         for replica_id, fatal, text in self._health.report(
-            worker, patience_s, troubles
+            worker, period_s, patience_s, troubles
         ):
             self._state.replica_ill(replica_id, fatal=fatal, text=text, now=now)
             self._wake.set()
@@ -325,7 +331,7 @@ class Instance:
         silent = self._health.look(now)
         self.proxies.note_silent(silent)
         lost: dict[str, list[int]] = {}
-        if silent:
+        if silent and not self._health.widespread:
             for worker, replica_id in self._state.workers_silent(silent, now=now):
                 lost.setdefault(worker, []).append(replica_id)
                 # It hears of it when it is back.

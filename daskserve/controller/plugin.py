@@ -197,10 +197,14 @@ class ServeController(SchedulerPlugin):
 
     @never_raises
     def _health_report(
-        self, worker: str, patience_s: float, troubles: list[Trouble]
+        self,
+        worker: str,
+        period_s: float,
+        patience_s: float,
+        troubles: list[Trouble],
     ) -> None:
         if self._instance is not None:
-            self._instance.health_report(worker, patience_s, troubles)
+            self._instance.health_report(worker, period_s, patience_s, troubles)
 
     # Ops.
 

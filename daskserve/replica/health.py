@@ -109,7 +109,7 @@ class HealthMonitor:
             self._wake.clear()
             try:
                 period_s = self._look(loop.time())
-                self._send(self._report())
+                self._send(self._report(period_s))
             except Exception:  # it may have been a replica that is just ending
                 logger.exception("The health checks failed")
                 period_s = 1.0
@@ -142,10 +142,11 @@ class HealthMonitor:
         if patient.task is not None:
             patient.task.cancel()
 
-    def _report(self) -> dict[str, Any]:
+    def _report(self, period_s: float) -> dict[str, Any]:
         sums = [sum(p.runner.rhythm) for p in self._patients.values()]
         return {
             "op": STREAM_HEALTH,
+            "period_s": period_s,
             "patience_s": max(LEAST_PATIENCE_S, min(sums, default=IDLE_PATIENCE_S)),
             "troubles": [
                 (replica_id, *patient.trouble)
