@@ -60,6 +60,11 @@ def _listeners(dask_worker: Any) -> list[tuple[str, list[str]]]:
     ]
 
 
+def _ongoing(dask_worker: Any) -> int:
+    plugin = dask_worker.plugins["daskserve"]
+    return sum(runner.ongoing for runner in plugin.runners.values())
+
+
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
     with open_hosts(3) as (a, b, c):
@@ -178,26 +183,29 @@ def test_cable_out_and_in_again(net: Net) -> None:
         assert answers(f"{url}?s=0.02") == set(places)
         (lost,) = (tag for tag, host in places.items() if host == net.c.address)
 
-        def ask(method: str) -> tuple[int, str]:
-            response = client.request(method, f"{url}?s=0.6")
+        def ask(method: str, seconds: float) -> tuple[int, str]:
+            response = client.request(method, f"{url}?s={seconds}")
             return response.status_code, response.text
 
         with ThreadPoolExecutor(20) as pool, httpx.Client(timeout=20) as client:
             held = {
-                method: [pool.submit(ask, method) for _ in range(10)]
-                for method in ("GET", "POST")
+                "GET": [pool.submit(ask, "GET", 0.6) for _ in range(10)],
+                "POST": [pool.submit(ask, "POST", 4) for _ in range(10)],
             }
             time.sleep(0.3)
             net.c.cut()
             try:
                 began = time.monotonic()
-                answered = {m: [job.result() for job in held[m]] for m in held}
+                gets = [job.result() for job in held["GET"]]
                 assert time.monotonic() - began < SILENCE_S + 2.5
                 # Nobody is sent there any more.
                 assert answers(url) == set(places) - {lost}
             finally:
                 net.c.restore()
-        gets, posts = answered["GET"], answered["POST"]
+            # What was in it has been cancelled, as nobody waits for it any more.
+            left = net.client.run(_ongoing)
+            assert left[f"tcp://{net.c.address}:9000"] == 0
+            posts = [job.result() for job in held["POST"]]
         assert {status for status, _ in gets} == {200}
         assert {status for status, _ in posts} == {200, 502}
         reasons = {text for status, text in posts if status == 502}
