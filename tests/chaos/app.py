@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -38,9 +39,10 @@ class Echo:
     def __init__(self, directory: str, version: int = 0) -> None:
         self._diary = Diary(Path(directory))
         self._version = version
+        self._config: Any = None
 
     async def __call__(self, request: Request) -> Response:
-        request_id = request.headers["x-request-id"]
+        request_id = request.headers.get("x-request-id", "-")
         self._diary.note("begun", request_id)
         body = await request.body()
         await asyncio.sleep(float(request.query_params["sleep"]))
@@ -50,11 +52,19 @@ class Echo:
             "pid": os.getpid(),
             "version": self._version,
             "bytes": len(body),
+            "config": self._config,
         }
         return JSONResponse(answer)
 
     def __del__(self) -> None:
         self._diary.close()
+
+
+class ConfiguredEcho(Echo):
+    """Says what it was configured with, too."""
+
+    def reconfigure(self, config: Any) -> None:
+        self._config = config
 
 
 class Broken:

@@ -15,17 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distributed import Client, LocalCluster
+import httpx
+from distributed import LocalCluster
 
+import daskserve as serve
 from tests.chaos import faults, invariants
-from tests.chaos.app import read_diaries
+from tests.chaos.app import ConfiguredEcho, read_diaries
 from tests.chaos.cluster import Fleet, open_fleet
 from tests.chaos.contract import judge_all
 from tests.chaos.invariants import Memory
 from tests.chaos.load import Load
 from tests.chaos.report import Report
 from tests.chaos.storm import Storm
-from tests.utils import ProcessCluster, poll
+from tests.utils import ProcessCluster, free_port, poll
 
 #: Workers hold more replicas than one while others come and go.
 THREADS = 2
@@ -305,10 +307,11 @@ def local_fleet(location: str) -> Iterator[tuple[Fleet, LocalCluster]]:
     with (
         tempfile.TemporaryDirectory(prefix="daskserve-chaos-") as name,
         LocalCluster(4, threads_per_worker=THREADS, dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-        open_fleet(client, Path(name), location) as fleet,
+        cluster.get_client() as client,
     ):
-        yield fleet, cluster
+        client.wait_for_workers(4)
+        with open_fleet(client, Path(name), location) as fleet:
+            yield fleet, cluster
 
 
 @scenario
@@ -337,7 +340,8 @@ def adapt(options: Options) -> Iterator[Report]:
 
             def step(fleet: Fleet, number: int) -> None:
                 poll(lambda: len(fleet.workers()) == 2, faults.LEAVE_S)
-                tasks = fleet.client.map(time.sleep, [0.2] * 100, pure=False)
+                # Dask wants to be through with them in 5 s, on 2 threads a worker.
+                tasks = fleet.client.map(time.sleep, [0.2] * 300, pure=False)
                 poll(lambda: len(fleet.workers()) == 4, 40)
                 fleet.client.gather(tasks)
 
@@ -382,6 +386,70 @@ def idle(options: Options) -> Iterator[Report]:
             with loaded(fleet, report, options, may_fail=False):
                 pass
     yield report
+
+
+@scenario
+def scheduler(options: Options) -> Iterator[Report]:
+    """kill -9 of a scheduler with a state file: the next one brings all 20 back."""
+    report = Report("scheduler")
+    with tempfile.TemporaryDirectory(prefix="daskserve-chaos-") as name:
+        diaries = Path(name) / "diaries"
+        diaries.mkdir()
+        args = ("--preload", "daskserve", "--state", f"{name}/state")
+        with processes(options, 2, scheduler_args=args) as cluster:
+            with cluster.client() as client:
+                http = {"port": free_port(), "location": "HeadOnly"}
+                serve.start(client, detached=True, http_options=http)
+                for deployment in many_deployments(diaries):
+                    deployment.deploy()
+                before = serve.list_deployments()
+                urls = [deployment.url for deployment in before.values()]
+                report.check(answering(urls) == 20, f"{answering(urls)} answer before")
+            cluster.kill_scheduler()
+            killed = time.monotonic()
+            cluster.start_scheduler()
+            for _ in range(2):
+                cluster.add_worker(nanny=True)
+            with contextlib.suppress(AssertionError):
+                poll(lambda: answering(urls) == 20, 60, 0.2)
+            seconds = time.monotonic() - killed
+            text = f"{answering(urls)} answer {seconds:.1f} s after the scheduler's end"
+            report.check(answering(urls) == 20, text)
+            with cluster.client() as client:
+                serve.connect(client)
+                after = serve.list_deployments()
+                same = sum(after.get(name) == d for name, d in before.items())
+                report.check(same == 20, f"{same} have their options")
+    yield report
+
+
+def many_deployments(diaries: Path) -> Iterator[serve.Deployment]:
+    """Make 20 deployments, no two of which have the same options."""
+    for number in range(20):
+        yield serve.deployment(
+            name=f"Echo{number}",
+            route_prefix=f"/echo/{number}",
+            num_replicas=1 + number % 2,
+            version=str(number),
+            user_config={"number": number},
+            max_ongoing_requests=10 + number,
+            request_timeout_s=20 + number,
+            init_args=(str(diaries), number),
+        )(ConfiguredEcho)
+
+
+def answering(urls: list[str]) -> int:
+    """Count the deployments that answer, each for itself and with its config."""
+    count = 0
+    for url in urls:
+        with contextlib.suppress(httpx.HTTPError, ValueError):
+            answer = httpx.get(url, params={"sleep": 0}, timeout=5).json()
+            number = int(url.rpartition("/")[2])
+            count += (answer["version"], answer["config"]) == (
+                number,
+                {"number": number},
+            )
+    return count
 
 
 def time_to_answer(load: Load, since: float) -> float:
