@@ -18,6 +18,7 @@ from daskserve.controller.actions import (
     Settle,
     StopReplica,
 )
+from daskserve.controller.history import History
 from daskserve.controller.records import (
     Death,
     DeploymentState,
@@ -73,6 +74,7 @@ class ManagedDeployment:
     #: By number, and so in the order in which they were made.
     replicas: dict[int, Replica] = field(default_factory=dict)
     deaths: deque[Death] = field(default_factory=lambda: deque(maxlen=_MAX_DEATHS))
+    history: History = field(default_factory=History)
     deleting: bool = False
     #: The ``delete()`` calls that wait.
     delete_tickets: list[int] = field(default_factory=list)
@@ -349,16 +351,15 @@ class ManagedDeployment:
         self.deaths.append(death)
 
     def end_deploy(self, failure: str | None) -> None:
-        """Tell the ``deploy()`` that waits, if there is one, how it ended.
+        """Tell the ``deploy()`` calls that wait, if there are any, how it ended.
 
         Parameters
         ----------
         failure
             None if it went well.
         """
-        ticket, self.target.ticket = self.target.ticket, None
-        if ticket is not None:
-            error = None
-            if failure is not None:
-                error = Failure("DeploymentFailedError", failure)
-            self.shared.settled.append(Settle(ticket, error))
+        tickets, self.target.tickets = self.target.tickets, []
+        error = None
+        if failure is not None:
+            error = Failure("DeploymentFailedError", failure)
+        self.shared.settled += [Settle(ticket, error) for ticket in tickets]

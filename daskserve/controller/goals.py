@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from daskserve.controller.deployment_state import ManagedDeployment
@@ -20,8 +21,10 @@ _RETRY_MAX_REACHED_S = 30.0
 _MAX_LISTED = 10
 
 
-def set_goal(d: ManagedDeployment, spec: Spec, ticket: int, now: float) -> None:
+def set_goal(d: ManagedDeployment, spec: Spec, ticket: int | None, now: float) -> None:
     """Aim at another wish; the ``deploy()`` in progress, if any, is superseded.
+
+    If it asked for just the same, it waits on, and both are told the outcome.
 
     Parameters
     ----------
@@ -30,14 +33,18 @@ def set_goal(d: ManagedDeployment, spec: Spec, ticket: int, now: float) -> None:
     spec
         The wish.
     ticket
-        Of the call that waits.
+        Of the call that waits. None: nobody does.
     now
         Time in seconds.
     """
     d.at_rest = False
-    d.end_deploy(
-        f"superseded by a newer deploy() of {d.name!r} (version {spec.version!r})"
-    )
+    tickets = [] if ticket is None else [ticket]
+    if d.target.spec.same_wish(spec):
+        tickets += d.target.tickets
+    else:
+        d.end_deploy(
+            f"superseded by a newer deploy() of {d.name!r} (version {spec.version!r})"
+        )
     # A goal that failed is no base: the same wish again means another try.
     goals = [g for g in (d.target, d.serving) if g and g.failure is None]
     base = next((g for g in goals if g.spec.same_code(spec)), None)
@@ -53,7 +60,7 @@ def set_goal(d: ManagedDeployment, spec: Spec, ticket: int, now: float) -> None:
         spec=spec,
         generation=generation,
         config_generation=config_generation,
-        ticket=ticket,
+        tickets=tickets,
         deadline=now + spec.deploy_timeout_s,
         # Old replicas that gave way to the same code are not started again.
         rolling=base is d.target and base.rolling,
@@ -77,17 +84,19 @@ def _next_generation(d: ManagedDeployment) -> int:
     return d.last_generation
 
 
-def begin_delete(d: ManagedDeployment) -> None:
+def begin_delete(d: ManagedDeployment, why: str) -> None:
     """Aim at nothing, for good.
 
     Parameters
     ----------
     d
         The deployment.
+    why
+        What to tell a ``deploy()`` that waits.
     """
     d.at_rest = False
     d.deleting = True
-    d.end_deploy(f"deployment {d.name!r} was deleted before its deploy() was done")
+    d.end_deploy(why)
 
 
 def judge(d: ManagedDeployment, now: float) -> None:
@@ -105,11 +114,15 @@ def judge(d: ManagedDeployment, now: float) -> None:
     ready = d.ready(goal)
     if ready >= wanted:
         goal.reached = True
+        goal.spec = d.history.add(goal.spec, now)
         d.serving = goal
         d.exposed = True
         for replica in d.alive(goal):
             replica.spec = goal.spec
         d.end_deploy(None)
+    elif math.isinf(goal.deadline) and any(r.worker for r in d.alive(goal)):
+        # A deployment brought back has no deadline before there are workers.
+        goal.deadline = now + goal.spec.deploy_timeout_s
     elif now >= goal.deadline:
         after = f"after {goal.spec.deploy_timeout_s:g} s"
         give_up(d, f"{ready} of {wanted} replicas ready {after}", _missing(d, now))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, Self
 
@@ -137,6 +137,23 @@ class Spec:
             and (other.user_config is not None or self.user_config is None)
         )
 
+    def same_wish(self, other: Spec) -> bool:
+        """Whether another ``deploy()`` asks for just the same.
+
+        Parameters
+        ----------
+        other
+            A wish for the same deployment.
+
+        Returns
+        -------
+        bool
+            True if who waits for the one can be content with the other. As ever, equal
+            versions stand for equal code; without a version the bytes do.
+        """
+        code = self.code if self.version is None else other.code
+        return replace(self, code=code, options=other.options) == other
+
 
 class ReplicaState(StrEnum):
     """Where a replica is in its life."""
@@ -247,8 +264,8 @@ class Goal:
     spec: Spec
     generation: int
     config_generation: int
-    #: The ``deploy()`` that waits; None when it was told the outcome.
-    ticket: int | None
+    #: The ``deploy()`` calls that wait; none when they were told the outcome.
+    tickets: list[int]
     deadline: float
     #: All replicas ran at once; from then on replicas are replaced for ever.
     reached: bool = False

@@ -8,7 +8,7 @@ all of that is passed in. The plugin calls the events as they come, then
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from typing import Any
 
@@ -19,6 +19,7 @@ from daskserve.controller.goals import begin_delete, set_goal
 from daskserve.controller.placement import WorkerView
 from daskserve.controller.records import Goal, Replica, Spec
 from daskserve.controller.rollout import Pass, advance, is_at_rest, observe
+from daskserve.controller.saved import SavedDeployment, revive, saved
 
 
 def default_max_failures(num_replicas: int) -> int:
@@ -101,13 +102,47 @@ class ControllerState:
             spec=spec,
             generation=1,
             config_generation=1,
-            ticket=ticket,
+            tickets=[ticket],
             deadline=now + spec.deploy_timeout_s,
         )
         self._live[spec.name] = ManagedDeployment(
             name=spec.name, shared=self._shared, target=goal
         )
         return ticket
+
+    def rollback(self, name: str, number: int | None, *, now: float) -> int:
+        """Want a deployment to be as it was before.
+
+        Parameters
+        ----------
+        name
+            Its name.
+        number
+            Of the version. None: the former one, which is the one that serves as long
+            as a ``deploy()`` after it has failed or is in progress.
+        now
+            Time in seconds.
+
+        Returns
+        -------
+        int
+            A ticket, as of `deploy`.
+
+        Raises
+        ------
+        KeyError
+            If there is no such deployment.
+        ValueError
+            If there is no such version, or as `deploy`.
+        """
+        d = self._there(name)
+        if number is not None:
+            spec = d.history.find(number, name)
+        elif not d.target.reached and d.serving is not None:
+            spec = d.serving.spec
+        else:
+            spec = d.history.former(name)
+        return self.deploy(spec, prev_version=None, now=now)
 
     def _check_version(
         self, name: str, there: ManagedDeployment | None, wanted: str | None
@@ -153,7 +188,8 @@ class ControllerState:
         """
         d = self._live.pop(name, None)
         if d is not None:
-            begin_delete(d)
+            why = f"deployment {name!r} was deleted before its deploy() ended"
+            begin_delete(d, why)
             self._draining.append(d)
         else:
             same = [other for other in self._draining if other.name == name]
@@ -173,7 +209,8 @@ class ControllerState:
             A ticket that is settled when nothing is left.
         """
         for d in self._live.values():
-            begin_delete(d)
+            why = f"the instance was shut down before the deploy() of {d.name!r} ended"
+            begin_delete(d, why)
             self._draining.append(d)
         self._live.clear()
         ticket = next(self._tickets)
@@ -494,9 +531,52 @@ class ControllerState:
         KeyError
             If there is none, or it is being deleted.
         """
-        if name not in self._live:
-            raise self._unknown(name)
-        return self._live[name].current.spec
+        return self._there(name).current.spec
+
+    def history(self, name: str, *, now: float) -> list[dict[str, Any]]:
+        """Describe the versions of a deployment that have served, for people.
+
+        Parameters
+        ----------
+        name
+            Name of the deployment.
+        now
+            Time in seconds.
+
+        Returns
+        -------
+        list of dict
+            The last ten, the oldest first, as plain values; see `History.report`.
+
+        Raises
+        ------
+        KeyError
+            If there is no such deployment, or it is being deleted.
+        """
+        return self._there(name).history.report(now)
+
+    def saved(self) -> tuple[SavedDeployment, ...]:
+        """Take down what is wanted, for a scheduler after this one.
+
+        Returns
+        -------
+        tuple of SavedDeployment
+            Equal as long as nothing is wanted that was not.
+        """
+        return saved(self._live.values())
+
+    def restore(self, deployments: Iterable[SavedDeployment], *, now: float) -> None:
+        """Want what was wanted before; nothing is there yet.
+
+        Parameters
+        ----------
+        deployments
+            What `saved` took down.
+        now
+            Time in seconds.
+        """
+        for each in deployments:
+            self._live[each.name] = revive(each, self._shared, now)
 
     def names(self) -> list[str]:
         """List the deployments that are not deleted.
@@ -507,6 +587,11 @@ class ControllerState:
             Their names, sorted.
         """
         return sorted(self._live)
+
+    def _there(self, name: str) -> ManagedDeployment:
+        if name not in self._live:
+            raise self._unknown(name)
+        return self._live[name]
 
     def _unknown(self, name: str) -> KeyError:
         known = ", ".join(self.names()) or "none"
