@@ -4,6 +4,7 @@ from daskserve.api import (
     ServeInstance,
     connect,
     get_deployment,
+    history,
     list_deployments,
     shutdown,
     start,
@@ -15,6 +16,7 @@ from daskserve.exceptions import ServeError
 from daskserve.handle import DeploymentHandle, DeploymentResponse
 from daskserve.ingress import ingress
 from daskserve.multiplex import multiplexed
+from daskserve.preload import dask_setup
 from daskserve.replica.client import get_client
 from daskserve.replica.context import (
     get_multiplexed_model_id,
@@ -29,11 +31,13 @@ __all__ = [
     "ServeInstance",
     "batch",
     "connect",
+    "dask_setup",
     "deployment",
     "get_client",
     "get_deployment",
     "get_multiplexed_model_id",
     "get_replica_context",
+    "history",
     "ingress",
     "list_deployments",
     "multiplexed",

@@ -17,7 +17,7 @@ from daskserve.controller.plugin import NAME, ServeController
 from daskserve.deployment import Deployment
 from daskserve.exceptions import ServeConfigError, ServeNotRunningError
 from daskserve.session import ClientSession, Session, client_session, current_session
-from daskserve.status import ServeStatus
+from daskserve.status import ServeStatus, Version
 from daskserve.worker import ServeWorkerPlugin
 
 logger = logging.getLogger(__name__)
@@ -232,6 +232,36 @@ def list_deployments() -> dict[str, Deployment]:
     return cast("dict[str, Deployment]", session.run(_list_deployments, session))
 
 
+def history(name: str) -> list[Version]:
+    """Return the last ten versions of a deployment that have served.
+
+    Parameters
+    ----------
+    name
+        The deployment's name.
+
+    Returns
+    -------
+    list of Version
+        The oldest first; the last one is what serves. With an asynchronous client, an
+        awaitable of it.
+
+    Raises
+    ------
+    KeyError
+        There is no such deployment.
+
+    Examples
+    --------
+    >>> serve.history("Counter")  # doctest: +SKIP
+    [<Counter 1: version '1', 2 replicas, 2026-11-24 18:20:31>,
+     <Counter 2: version '2', 2 replicas, 2026-11-24 18:31:07, current>]
+    >>> Counter.rollback()  # doctest: +SKIP
+    """
+    session = current_session()
+    return cast("list[Version]", session.run(_history, session, name))
+
+
 def _session_for_start(client: Client | None, detached: bool) -> Session:
     if client is not None:
         if not isinstance(client, Client):
@@ -277,6 +307,8 @@ async def _start(
         client=client.id,
         worker_plugin=environment.guarded(ServeWorkerPlugin()),
     )
+    if info["reason"]:
+        logger.warning("%s", info["reason"])
     if not info["started"]:
         _check_same(info, options, detached, given)
     return ServeInstance(session, info)
@@ -332,6 +364,11 @@ async def _shutdown(session: Session) -> None:
         logger.debug("there was nothing to shut down on %s", session.address)
     if isinstance(session, ClientSession):
         await asyncio.to_thread(session.close)
+
+
+async def _history(session: Session, name: str) -> list[Version]:
+    found = await session.rpc("serve_history", name=name)
+    return [Version.from_message(name, message) for message in found]
 
 
 async def _get_deployment(session: Session, name: str) -> Deployment:

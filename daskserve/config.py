@@ -788,6 +788,12 @@ class Settings(_Frozen):
 
     Parameters
     ----------
+    state
+        Path or fsspec URL where a scheduler with ``--preload daskserve`` keeps what is
+        deployed. None: it ends with the scheduler.
+    keep_awake
+        Whether the scheduler's ``idle-timeout`` does not count while something is
+        deployed.
     tick_s
         Seconds between two looks of the controller at what is and what should be.
     ack_timeout_s
@@ -819,6 +825,8 @@ class Settings(_Frozen):
         kernel there answers: its host has lost its power or its network.
     """
 
+    state: Text | None = _configured("state")
+    keep_awake: Flag = _configured("keep-awake")
     tick_s: PositiveSeconds = _configured("controller.tick")
     ack_timeout_s: Seconds = _configured("controller.ack-timeout")
     max_constructor_failures: Count = _configured("controller.max-constructor-failures")

@@ -133,6 +133,30 @@ class Deployment:
         session = current_session()
         return session.run(_deploy, session, spec, options.prev_version)
 
+    def rollback(self, *, to: int | None = None) -> Any:
+        """Deploy what was deployed under this name before, and wait until it runs.
+
+        As ever, new replicas start before the old ones stop; if that fails, what runs
+        goes on. What this object says does not matter: see `get_deployment`.
+
+        Parameters
+        ----------
+        to
+            The number of a version in `history`. None: the former one; if the last
+            ``deploy()`` failed, or is in progress, the one that still serves.
+
+        Raises
+        ------
+        KeyError
+            There is no such deployment.
+        ValueError
+            There is no such version.
+        DeploymentFailedError
+            As for `deploy`.
+        """
+        session = current_session()
+        return session.run(_rollback, session, self._options.name, to)
+
     def delete(self) -> Any:
         """Delete what is deployed under this name, and wait until it is gone.
 
@@ -398,6 +422,10 @@ def _not_deployable(target: object) -> TypeError:
 async def _deploy(session: Session, spec: Spec, prev_version: str | None) -> None:
     message = spec.to_message()
     await session.rpc("serve_deploy", spec=message, prev_version=prev_version)
+
+
+async def _rollback(session: Session, name: str, number: int | None) -> None:
+    await session.rpc("serve_rollback", name=name, number=number)
 
 
 async def _delete(session: Session, name: str) -> None:

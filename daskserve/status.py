@@ -5,17 +5,25 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Any, Self
+
+from daskserve import pickling
+from daskserve.config import DeploymentOptions
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceStatus:
-    """The instance: its scheduler's address, whether it is detached, where HTTP is."""
+    """The instance: its scheduler's address, whether it is detached, where HTTP is.
+
+    `reason` says what is wrong with the state file, or "".
+    """
 
     scheduler: str
     detached: bool
     location: str | None
     http_urls: list[str]
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +119,7 @@ class ServeStatus:
     def _lines(self) -> list[list[str]]:
         kind = "detached" if self.instance.detached else "ends with its client"
         lines = [[f"daskserve on {self.instance.scheduler} ({kind})"]]
+        lines += _reason(self.instance.reason, 2)
         if not self.proxies:
             lines.append(["  no HTTP server"])
         for proxy in self.proxies:
@@ -122,6 +131,50 @@ class ServeStatus:
         for name, deployment in self.deployments.items():
             lines += _deployment_lines(name, deployment)
         return lines
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Version:
+    """One version of a deployment that has served; see `daskserve.history`.
+
+    `number` counts them, and is what ``Deployment.rollback`` takes; `when` it was
+    reached, in local time.
+    """
+
+    name: str
+    number: int
+    version: str | None
+    when: datetime
+    num_replicas: int
+    route_prefix: str | None
+    current: bool
+    _options: bytes
+
+    @classmethod
+    def from_message(cls, name: str, message: Mapping[str, Any]) -> Self:
+        """Make one of the controller's plain data."""
+        plain = dict(message)
+        when = datetime.now().astimezone() - timedelta(seconds=plain.pop("ago_s"))
+        return cls(name=name, when=when, _options=plain.pop("options"), **plain)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options as they were given, by name.
+
+        Raises
+        ------
+        PicklingError
+            They need a module that is missing here.
+        """
+        options: DeploymentOptions = pickling.loads(self._options)
+        return dict(options)
+
+    def __repr__(self) -> str:
+        current = ", current" if self.current else ""
+        return (
+            f"<{self.name} {self.number}: version {self.version!r}, "
+            f"{self.num_replicas} replicas, {self.when:%Y-%m-%d %H:%M:%S}{current}>"
+        )
 
 
 def _deployment_lines(name: str, deployment: DeploymentStatus) -> list[list[str]]:

@@ -742,6 +742,8 @@ def test_pickle() -> None:
 
 def test_settings_defaults() -> None:
     assert dict(Settings.load()) == {
+        "state": None,
+        "keep_awake": True,
         "tick_s": 0.1,
         "ack_timeout_s": 5,
         "max_constructor_failures": 3,
@@ -837,10 +839,10 @@ def test_packaged_keys_are_all_known() -> None:
         keys = {name.removesuffix("_s").replace("_", "-") for name in names}
         assert set(packaged[section]) == keys
     inside = {"controller", "worker", "transport"}
-    assert set(packaged) == {"http", "deployment", *inside}
-    assert sum(len(packaged[section]) for section in inside) == len(
-        Settings.model_fields
-    )
+    alone = {"state", "keep-awake"}
+    assert set(packaged) == {"http", "deployment", *inside, *alone}
+    count = sum(len(packaged[section]) for section in inside) + len(alone)
+    assert count == len(Settings.model_fields)
 
 
 def test_what_is_given_comes_before_dask_config() -> None:

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "daskserve"
 #: From top to bottom: a module imports from lower rows, and from its own folder.
 LAYERS = [
     "cli",
+    "preload",
     "demo*",
     "api",
     "environment",
@@ -49,7 +50,7 @@ NOT_WANTED = [
 ]
 #: Libraries that only some modules import.
 OWNERS = {
-    "click": ["cli"],
+    "click": ["cli", "preload"],
     "fastapi": ["demo*", "frozen_app", "ingress"],
     "uvicorn": ["proxy.*protocol", "proxy.express", "proxy.guard", "proxy.server"],
 }

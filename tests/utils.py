@@ -194,7 +194,7 @@ class ProcessCluster:
         *args
             More arguments of the command line, after those of all workers.
         """
-        number = sum(process.name != "scheduler" for process in self._processes)
+        number = sum(not p.name.startswith("scheduler") for p in self._processes)
         worker = self._run(
             f"w{number}",
             "worker",
@@ -225,6 +225,18 @@ class ProcessCluster:
         self.workers.remove(worker)
         worker.end_group()
 
+    def kill_scheduler(self) -> None:
+        """Kill the scheduler, and wait for the workers, which end with it."""
+        self.scheduler.end_group()
+        while self.workers:
+            self.workers.pop().wait(20)
+
+    def start_scheduler(self) -> None:
+        """Start another scheduler at the address of the one that was killed."""
+        number = sum(p.name.startswith("scheduler") for p in self._processes)
+        port = self.address.rpartition(":")[2]
+        self.scheduler = self._run_scheduler(f"scheduler{number}", port)
+
     def terminate(self, worker: Process, timeout: float = 30) -> None:
         """Ask a worker to leave, as Slurm and ^C do, and wait until it has."""
         self.workers.remove(worker)
@@ -242,21 +254,25 @@ class ProcessCluster:
     def _start(self) -> None:
         if self.protocol == "tls":
             self.security = _write_certificates(self.directory)
-        self.scheduler = self._run(
-            "scheduler",
-            "scheduler",
-            "--port",
-            "0",
-            "--scheduler-file",
-            str(self.directory / "scheduler.json"),
-            *self.scheduler_args,
-        )
+        self.scheduler = self._run_scheduler("scheduler", "0")
         # Workers wait for the file, so that all of them start at the same time.
         for nanny in self._nannies:
             self.add_worker(nanny=nanny)
         self.address = poll(self._read_address, self.timeout)
         if self._nannies:
             self.wait_for_workers(len(self._nannies), self.timeout)
+
+    def _run_scheduler(self, name: str, port: str) -> Process:
+        file = str(self.directory / "scheduler.json")
+        return self._run(
+            name,
+            "scheduler",
+            "--port",
+            port,
+            "--scheduler-file",
+            file,
+            *self.scheduler_args,
+        )
 
     def _run(self, name: str, *args: str) -> Process:
         before, options = self._place(name)

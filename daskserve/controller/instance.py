@@ -7,7 +7,8 @@ import logging
 import random
 import string
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from distributed import Scheduler
@@ -25,6 +26,8 @@ from daskserve.controller.actions import (
     WatchReplica,
 )
 from daskserve.controller.health import HealthBoard, Trouble, note_silence
+from daskserve.controller.journal import Journal
+from daskserve.controller.keeper import StateKeeper
 from daskserve.controller.launcher import Launcher, is_ours
 from daskserve.controller.leaving import LeaveBoard, needed_workers
 from daskserve.controller.placement import WorkerView
@@ -32,6 +35,7 @@ from daskserve.controller.proxy_manager import HTTPConfig, ProxyManager
 from daskserve.controller.publisher import Publisher
 from daskserve.controller.records import Spec
 from daskserve.controller.state import ControllerState
+from daskserve.exceptions import ServeNotRunningError
 from daskserve.transport.messages import STREAM_COMMAND
 
 logger = logging.getLogger(__name__)
@@ -53,10 +57,18 @@ class Instance:
         Whether it outlives the client `owner`.
     owner
         Id of the client that started it.
+    keeper
+        Keeps what is wanted for a scheduler after this one.
     """
 
     def __init__(
-        self, scheduler: Scheduler, http: HTTPConfig, *, detached: bool, owner: str
+        self,
+        scheduler: Scheduler,
+        http: HTTPConfig,
+        *,
+        detached: bool,
+        owner: str,
+        keeper: StateKeeper | None = None,
     ) -> None:
         settings = Settings.load()
         self.http = http
@@ -80,6 +92,11 @@ class Instance:
         self._waiting: dict[int, asyncio.Future[Failure | None]] = {}
         self._wake = asyncio.Event()
         self.closed = False
+        self._keeper = keeper
+        self._ending = False
+        #: Whether HTTP servers were started once; a restored instance waits for workers
+        #: with that, since one in the scheduler would stay there.
+        self._bound = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -93,14 +110,41 @@ class Instance:
         if failed:
             await self.close()
             return [record.reason for record in failed]
+        self._bound.set()
         self._loop_task = asyncio.ensure_future(self._run())
+        await self._saved()
         return []
+
+    @classmethod
+    def restored(
+        cls, scheduler: Scheduler, journal: Journal, keeper: StateKeeper
+    ) -> Instance:
+        """Make the instance of an earlier scheduler; `resume` brings it to life."""
+        http = HTTPConfig(**journal.http)
+        instance = cls(scheduler, http, detached=True, owner="", keeper=keeper)
+        instance._state.restore(journal.deployments, now=time.monotonic())
+        return instance
+
+    async def resume(self) -> None:
+        """Start what an earlier scheduler had, as workers come."""
+        await self._launcher.start()
+        self._loop_task = asyncio.ensure_future(self._run())
+
+    async def ready(self) -> None:
+        """Wait a little until a restored instance has its HTTP servers."""
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                await self._bound.wait()
+        except TimeoutError:
+            logger.info("No worker is there yet to bring back what was deployed")
 
     async def shutdown(self) -> None:
         """Delete all deployments, stop the proxies, end."""
         if not self.closed:
+            self._ending = True
             await self._settled(self._state.shutdown())
             await self.close()
+            await self._saved()
 
     async def close(self) -> None:
         """End at once what is left."""
@@ -122,10 +166,21 @@ class Instance:
 
     async def deploy(self, spec: Spec, prev_version: str | None) -> Failure | None:
         """Want a deployment and wait until that is settled everywhere."""
+        self._refuse_at_end()
         ticket = self._state.deploy(
             spec, prev_version=prev_version, now=time.monotonic()
         )
         return await self._settled(ticket)
+
+    async def rollback(self, name: str, number: int | None) -> Failure | None:
+        """Want a deployment as it was before, and wait as `deploy` does."""
+        self._refuse_at_end()
+        ticket = self._state.rollback(name, number, now=time.monotonic())
+        return await self._settled(ticket)
+
+    def _refuse_at_end(self) -> None:
+        if self._ending:
+            raise ServeNotRunningError("the daskserve instance is being shut down")
 
     async def delete(self, name: str) -> Failure | None:
         """Want a deployment to be gone and wait until it is."""
@@ -156,6 +211,15 @@ class Instance:
             self._state.demands(), self._views(), self.proxies.records.keys()
         )
 
+    def history(self, name: str) -> list[dict[str, Any]]:
+        """Return the versions of a deployment; `KeyError` if there is none."""
+        return self._state.history(name, now=time.monotonic())
+
+    @property
+    def keeps_awake(self) -> bool:
+        """Whether the scheduler's idle timeout does not count now."""
+        return self.settings.keep_awake and bool(self._state.names())
+
     def status(self) -> dict[str, Any]:
         """Return everything that users may want to know, as plain data."""
         return {
@@ -164,6 +228,7 @@ class Instance:
                 "detached": self.detached,
                 "location": self.http.location,
                 "http_urls": self.proxies.urls,
+                "reason": self._reason,
             },
             "proxies": [
                 {
@@ -182,6 +247,13 @@ class Instance:
                 self._state.status(now=time.monotonic()), self._health.silent
             ),
         }
+
+    @property
+    def _reason(self) -> str:
+        reasons = [self._keeper.reason] if self._keeper is not None else []
+        if not self._bound.is_set():
+            reasons.append("brought back after the scheduler was lost; no worker yet")
+        return "\n".join(filter(None, reasons))
 
     # News.
 
@@ -321,10 +393,32 @@ class Instance:
         for worker, replica_ids in lost.items():
             self.publisher.replicas_lost(worker, replica_ids)
         self.publisher.publish_queues(now)
+        self._save()
         for action in actions:
             self._perform(action)
-        if self.proxies.due(now, views):
-            self._spawn(self.proxies.reconcile(now, views))
+        awaited = self._bound.is_set() or any(v.accepting for v in views.values())
+        if awaited and self.proxies.due(now, views):
+            self._spawn(self._bind(now, views))
+        elif awaited:
+            self._bound.set()
+
+    async def _bind(self, now: float, views: Mapping[str, WorkerView]) -> None:
+        await self.proxies.reconcile(now, views)
+        self._bound.set()
+
+    def _save(self) -> None:
+        if self._keeper is None:
+            return
+        journal = None
+        if self.detached and not self._ending:
+            http = {**asdict(self.http), "port": self.proxies.port}
+            journal = Journal(http=http, deployments=self._state.saved())
+        self._keeper.save(journal)
+
+    async def _saved(self) -> None:
+        if self._keeper is not None:
+            self._save()
+            await self._keeper.saved()
 
     def _give_up_silent(self, now: float) -> dict[str, list[int]]:
         """Part with replicas whose workers say nothing; return them by worker."""
@@ -384,6 +478,7 @@ class Instance:
 
     async def _settle(self, action: Settle) -> None:
         await self.publisher.wait_acked()
+        await self._saved()
         future = self._waiting.pop(action.ticket, None)
         if future is not None and not future.done():
             future.set_result(action.error)

@@ -18,9 +18,11 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import WorkerState
 
 from daskserve.controller.actions import Failure
+from daskserve.controller.awake import keep_awake
 from daskserve.controller.departures import Departures
 from daskserve.controller.health import Trouble
 from daskserve.controller.instance import Instance
+from daskserve.controller.keeper import StateKeeper
 from daskserve.controller.proxy_manager import HTTPConfig
 from daskserve.controller.records import Spec
 from daskserve.exceptions import (
@@ -63,12 +65,24 @@ def _answers(function: Callable[..., Coroutine[Any, Any, Any]]) -> Handler:
 
 
 class ServeController(SchedulerPlugin):
-    """daskserve's part of the scheduler."""
+    """daskserve's part of the scheduler.
+
+    Parameters
+    ----------
+    keeper
+        Of the state file, with ``--preload daskserve --state``.
+    worker_plugin
+        The pickled worker plugin, for an instance that is brought back.
+    """
 
     name = NAME
     idempotent = True
 
-    def __init__(self) -> None:
+    def __init__(
+        self, keeper: StateKeeper | None = None, worker_plugin: bytes = b""
+    ) -> None:
+        self._keeper = keeper
+        self._worker_plugin = worker_plugin
         self._scheduler: Scheduler | None = None
         self._instance: Instance | None = None
         self._departures: Departures | None = None
@@ -95,6 +109,8 @@ class ServeController(SchedulerPlugin):
             self.serve_delete,
             self.serve_get,
             self.serve_list,
+            self.serve_history,
+            self.serve_rollback,
             self.serve_status,
             self.serve_subscribe,
             self.serve_shutdown,
@@ -106,12 +122,42 @@ class ServeController(SchedulerPlugin):
         scheduler.stream_handlers[STREAM_QUEUED] = self._queued
         scheduler.stream_handlers[STREAM_REPLICA] = self._replica_news
         scheduler.stream_handlers[STREAM_HEALTH] = self._health_report
+        keep_awake(
+            scheduler, lambda: bool(self._instance and self._instance.keeps_awake)
+        )
+        if self._keeper is not None:
+            await self._restore(self._keeper)
+
+    async def _restore(self, keeper: StateKeeper) -> None:
+        """Bring back what an earlier scheduler had; before anybody connects."""
+        assert self._scheduler is not None
+        journal = await keeper.load()
+        if journal is None:
+            return
+        names = [d.name for d in journal.deployments]
+        logger.info("Bringing back what was deployed, from %s: %s", keeper.name, names)
+        self._instance = Instance.restored(self._scheduler, journal, keeper)
+        self._spawn(self._resume(self._instance))
+
+    async def _resume(self, instance: Instance) -> None:
+        assert self._scheduler is not None
+        try:
+            await self._scheduler  # it is about to start
+            await self._scheduler.register_worker_plugin(
+                comm=None, plugin=self._worker_plugin, name=NAME, idempotent=False
+            )
+            await instance.resume()
+        except Exception:
+            logger.exception("What was deployed cannot be brought back")
+            await self._end()
 
     async def before_close(self) -> None:
         """End with the scheduler."""
         instance, self._instance = self._instance, None
         if instance is not None:
             await instance.close()
+        if self._keeper is not None:
+            await self._keeper.close()
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
         """Look again: there may be room now."""
@@ -132,9 +178,7 @@ class ServeController(SchedulerPlugin):
             return
         if client == self._instance.owner and not self._instance.detached:
             logger.info("Client %s has gone and its instance ends with it", client)
-            task = asyncio.ensure_future(self.serve_shutdown())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._spawn(self.serve_shutdown())
 
     def restart(self, scheduler: Scheduler) -> None:
         """Replace everything: all actors are gone."""
@@ -220,9 +264,14 @@ class ServeController(SchedulerPlugin):
         assert self._scheduler is not None
         async with self._starting:
             if self._instance is not None:
+                await self._instance.ready()
                 return {**self._info(self._instance), "started": False}
             instance = Instance(
-                self._scheduler, HTTPConfig(**http), detached=detached, owner=client
+                self._scheduler,
+                HTTPConfig(**http),
+                detached=detached,
+                owner=client,
+                keeper=self._keeper,
             )
             self._instance = instance  # workers say hello to it
             try:
@@ -238,12 +287,17 @@ class ServeController(SchedulerPlugin):
                 raise ProxyStartError("; ".join(errors))
             for waiting in self._clients:
                 instance.publisher.subscribe(waiting)
+            if not detached and client not in self._scheduler.clients:
+                # It has gone meanwhile, and nobody else will end it.
+                self._spawn(self.serve_shutdown())
             return {**self._info(instance), "started": True}
 
     @_answers
     async def serve_info(self) -> dict[str, Any]:
         """Return what `connect` needs."""
-        return self._info(self._running())
+        instance = self._running()
+        await instance.ready()
+        return self._info(instance)
 
     @_answers
     async def serve_deploy(
@@ -274,6 +328,16 @@ class ServeController(SchedulerPlugin):
         }
 
     @_answers
+    async def serve_history(self, name: str) -> list[dict[str, Any]]:
+        """Return the versions of a deployment that have served."""
+        return self._running().history(name)
+
+    @_answers
+    async def serve_rollback(self, name: str, number: int | None) -> Failure | None:
+        """Deploy a former version, and answer when that is settled."""
+        return await self._running().rollback(name, number)
+
+    @_answers
     async def serve_status(self) -> dict[str, Any]:
         """Return the status of everything."""
         return self._running().status()
@@ -299,17 +363,28 @@ class ServeController(SchedulerPlugin):
     def _running(self) -> Instance:
         if self._instance is None:
             assert self._scheduler is not None
+            known = f" ({self._keeper_reason})" if self._keeper_reason else ""
             raise ServeNotRunningError(
                 f"no daskserve instance runs on the cluster at "
-                f"{self._scheduler.address}: call serve.start() first"
+                f"{self._scheduler.address}: call serve.start() first{known}"
             )
         return self._instance
+
+    @property
+    def _keeper_reason(self) -> str:
+        return "" if self._keeper is None else self._keeper.reason
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _info(self, instance: Instance) -> dict[str, Any]:
         return {
             "http_urls": instance.proxies.urls,
             "options": instance.http.options,
             "detached": instance.detached,
+            "reason": self._keeper_reason,
         }
 
     async def _end(self) -> None:

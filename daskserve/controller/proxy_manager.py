@@ -103,6 +103,11 @@ class ProxyManager:
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
+    def port(self) -> int:
+        """The port that is bound, or to be bound."""
+        return self._port
+
+    @property
     def urls(self) -> list[str]:
         """The addresses that are served, each once."""
         urls = {record.url for record in self.records.values()}
