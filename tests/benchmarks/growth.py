@@ -16,6 +16,8 @@ What grows with what (R replicas, W workers, D deployments, P processes with rou
 - a change of routes: the replicas that changed, times P. A whole snapshot has
   all R, and goes to who has just come. Each process then looks at D deployments, and
   at all replicas of those that changed;
+- health: one report from each worker in a period, whatever its replicas; a look at W
+  ten times a second, and at R while a worker is silent;
 - queue reports: the deployments for which requests wait, times P, ten times a second;
 - connections: a process has one to each worker, and one to each replica's own port, of
   the deployments that it has sent anything to; of all deployments, if it has an HTTP
@@ -41,6 +43,7 @@ from typing import Any
 import msgpack
 
 from daskserve.controller.actions import StartReplica
+from daskserve.controller.health import HealthBoard
 from daskserve.controller.queues import QueueBoard
 from daskserve.transport.dispatcher import Dispatcher
 from daskserve.transport.router import Router, Slot
@@ -180,11 +183,58 @@ def queue_costs(size: int) -> dict[str, float]:
     return costs
 
 
+def health_costs(size: int) -> dict[str, float]:
+    """Count and time what workers report of their replicas' health, and the look at it.
+
+    Each does once in a period, of ten seconds if nobody wants another.
+    """
+    cluster, board = Cluster(size), HealthBoard()
+    cluster.step()
+    cluster.start_replicas()
+    cluster.step()
+    workers = list(cluster.rig.views)
+    report = {
+        "op": "serve-health",
+        "worker": workers[0],
+        "period_s": 10.0,
+        "patience_s": 40.0,
+        "troubles": [],
+    }
+    data: bytes = msgpack.packb(report)
+
+    def take() -> None:
+        for worker in workers:
+            msgpack.unpackb(data)
+            board.report(worker, 10.0, 40.0, [])
+
+    def lose() -> None:
+        for number in range(50):
+            for worker in workers[1:]:
+                board.heard(worker)
+            board.look(1000.0 + number)
+        assert cluster.rig.state.workers_silent(board.silent, now=cluster.rig.now)
+
+    costs = {"ms: health reports of all workers": timed(take)}
+    board.look(999.0)
+    costs["ms: a look at who is silent"] = timed(lambda: board.look(1000.0))
+    lose()
+    costs["ms: a look while one is"] = timed(
+        lambda: cluster.rig.state.workers_silent(board.look(1050.0), now=0.0)
+    )
+    costs["bytes: one health report"] = len(data)
+    return costs
+
+
 def measure(size: int, runs: int = 1) -> dict[str, float]:
     """Return all costs of a size: of several runs the least, which has least noise."""
     found: dict[str, float] = {}
     for _ in range(runs):
-        for costs in (controller_costs(size), caller_costs(size), queue_costs(size)):
+        for costs in (
+            controller_costs(size),
+            caller_costs(size),
+            queue_costs(size),
+            health_costs(size),
+        ):
             for name, value in costs.items():
                 found[name] = min(value, found.get(name, math.inf))
     return found
