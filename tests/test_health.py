@@ -20,10 +20,11 @@ import daskserve as serve
 from daskserve import pickling
 from daskserve.controller.actions import Settle, WatchReplica
 from daskserve.controller.health import HealthBoard, note_silence
+from daskserve.exceptions import ReplicaDiedError
 from daskserve.replica.health import HealthMonitor
 from daskserve.transport.loops import LoopThread
 from tests.test_failures import Storm, processes, workers_of
-from tests.test_http import open_site
+from tests.test_http import Site, open_site
 from tests.test_runner import Replica
 from tests.test_state import Rig, address, failure, released, started, stopped, view
 from tests.utils import poll
@@ -550,8 +551,14 @@ def replicas_at(client: Client, worker: str) -> list[str]:
     return found
 
 
-def test_ill_blocked_and_stopped_workers() -> None:
-    with open_site(4) as site, ThreadPoolExecutor(8) as pool:
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    with open_site(4) as site:
+        yield site
+
+
+def test_ill_blocked_and_stopped_workers(site: Site) -> None:
+    with ThreadPoolExecutor(8) as pool:
         others = sorted(set(processes(site)) - {site.near})
         deployment = site.make(Mixed, num_replicas=2, workers=others, **QUICK)
         deployment.deploy()
@@ -572,9 +579,8 @@ def test_ill_blocked_and_stopped_workers() -> None:
             assert "LookupError: no database" in reason(1)
             assert "3 of 3 times" in reason(1)
             blocked = pool.submit(httpx.post, url, params={"block": 1}, timeout=20)
-            assert f"{__file__}:{Mixed.__call__.__code__.co_firstlineno + 2}" in reason(
-                2
-            )
+            line = Mixed.__call__.__code__.co_firstlineno + 2
+            assert f"{__file__}:{line} in __call__()" in reason(2)
             assert blocked.result().status_code in (200, 502)
 
             victim = min(workers_of(deployment))
@@ -605,3 +611,45 @@ def test_ill_blocked_and_stopped_workers() -> None:
         assert storm.errors == []
         assert set(storm.statuses) == {200}
         assert "died" in str(serve.status())
+    deployment.delete()
+
+
+def test_killed_worker_with_calls_in_it(site: Site) -> None:
+    class Holds:
+        async def __call__(self) -> None:
+            await asyncio.sleep(30)
+
+    others = sorted(set(processes(site)) - {site.near})
+    deployment = site.deploy(Holds, workers=others)
+    handle = deployment.get_handle()
+    calls = [handle.remote() for _ in range(10)]
+    with pytest.raises(TimeoutError):
+        calls[0].result(timeout_s=0.3)
+    (worker,) = workers_of(deployment)
+    site.cluster.kill(processes(site)[worker])
+    began = time.monotonic()
+    for call in calls:
+        with pytest.raises(ReplicaDiedError):
+            call.result(timeout_s=10)
+    assert time.monotonic() - began < 1  # nobody waits for a connection
+    deployment.delete()
+
+
+def test_constructor_that_ends_its_process(site: Site) -> None:
+    """It takes down the workers where it may run, and replicas elsewhere go on."""
+
+    class Leaves:
+        def __init__(self) -> None:
+            os._exit(1)
+
+    beside = site.deploy(Mixed, where="near")
+    others = sorted(set(processes(site)) - {site.near})
+    deployment = site.make(Leaves, workers=others, deploy_timeout_s=2)
+    with pytest.raises(serve.ServeError, match="left the cluster"):
+        deployment.deploy()
+    assert httpx.get(site.at(beside)).status_code == 200
+    deaths = serve.status().deployments[deployment.name].deaths
+    assert sorted(death.worker for death in deaths) == others
+    for process in list(site.cluster.workers):  # they have ended as they should
+        if process.poll() is not None:
+            site.cluster.workers.remove(process)
