@@ -398,7 +398,7 @@ def test_busy_replica_is_well(watch: Watch) -> None:
     assert replica.troubles() == []
 
 
-@pytest.mark.parametrize("kind", ["async", "sync", "false"])
+@pytest.mark.parametrize("kind", ["async", "false"])
 def test_check_that_fails(watch: Watch, kind: str) -> None:
     class Sync:
         ill = False
