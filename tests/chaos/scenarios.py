@@ -306,7 +306,9 @@ def local_fleet(location: str) -> Iterator[tuple[Fleet, LocalCluster]]:
     """Give a fleet on a `LocalCluster`, whose scheduler is in this process."""
     with (
         tempfile.TemporaryDirectory(prefix="daskserve-chaos-") as name,
-        LocalCluster(4, threads_per_worker=THREADS, dashboard_address=":0") as cluster,
+        LocalCluster(
+            n_workers=4, threads_per_worker=THREADS, dashboard_address=":0"
+        ) as cluster,
         cluster.get_client() as client,
     ):
         client.wait_for_workers(4)
