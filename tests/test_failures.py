@@ -248,6 +248,10 @@ def test_killed_worker_with_the_proxy() -> None:
         assert httpx.get(url + "/-/routes").json() == {f"/{far.name}": far.name}
 
 
+def count_actors(dask_scheduler: distributed.Scheduler) -> int:
+    return sum(task.actor for task in dask_scheduler.tasks.values())
+
+
 def test_client_restart() -> None:
     class Tag:
         def __call__(self) -> str:
@@ -280,6 +284,7 @@ def test_client_restart() -> None:
             poll(healthy, 20)
             # It is nobody's fault, though replicas may have been on their way.
             assert "cannot submit" not in cluster.logs()
+            assert site.client.run_on_scheduler(count_actors) == 3
 
 
 def test_worker_gone_for_good() -> None:

@@ -50,6 +50,10 @@ class Launcher:
         self._client: Client | None = None
         self._futures: dict[int, Future[Any]] = {}
         self._ids: dict[Any, int] = {}
+        #: Replicas that are about to be submitted.
+        self._due: set[int] = set()
+        #: How often the scheduler has restarted; the client counts as well, later.
+        self._restarts = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -74,12 +78,14 @@ class Launcher:
 
     def launch(self, action: StartReplica) -> None:
         """Submit a replica's actor to its worker."""
+        self._due.add(action.replica_id)
         task = asyncio.ensure_future(self._launch(action))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     def release(self, replica_id: int) -> None:
         """Forget a replica's actor."""
+        self._due.discard(replica_id)
         future = self._futures.pop(replica_id, None)
         if future is not None:
             self._ids.pop(future.key, None)
@@ -87,6 +93,7 @@ class Launcher:
 
     def forget_all(self) -> None:
         """Forget all actors: ``client.restart()`` has cancelled them."""
+        self._restarts += 1
         for replica_id in list(self._futures):
             self.release(replica_id)
 
@@ -111,6 +118,13 @@ class Launcher:
             health_check_timeout_s=action.spec.health_check_timeout_s,
         )
         future: Future[Any] | None = None
+        # Until it has heard of a restart, the client would give up what it submits,
+        # and the scheduler would keep it for ever.
+        while self._client.generation < self._restarts:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        if action.replica_id not in self._due:
+            return
+        self._due.discard(action.replica_id)
         try:
             future = self._client.submit(
                 Replica,

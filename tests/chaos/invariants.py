@@ -82,7 +82,8 @@ def _surplus(fleet: Fleet, cluster: ProcessCluster) -> list[str]:
     replicas = fleet.status().replicas
     wanted = {f"daskserve-{r.replica_tag}-{r.replica_id}" for r in replicas}
     actors = set(fleet.client.run_on_scheduler(_in_scheduler))
-    found = [f"actors and replicas differ: {actors ^ wanted}"] * (actors != wanted)
+    found = [f"actor {key} is left" for key in actors - wanted]
+    found += [f"replica {key} has no actor" for key in wanted - actors]
     inside = fleet.client.run(_in_worker)
     proxies = fleet.proxies()
     for address, facts in inside.items():
