@@ -10,7 +10,9 @@ from daskserve.api import (
     start,
     status,
 )
+from daskserve.apps import delete, get_app_handle, get_deployment_handle, run
 from daskserve.batching import batch
+from daskserve.composition import Application
 from daskserve.deployment import Deployment, deployment
 from daskserve.exceptions import ServeError
 from daskserve.handle import DeploymentHandle, DeploymentResponse
@@ -24,6 +26,7 @@ from daskserve.replica.context import (
 )
 
 __all__ = [
+    "Application",
     "Deployment",
     "DeploymentHandle",
     "DeploymentResponse",
@@ -32,15 +35,19 @@ __all__ = [
     "batch",
     "connect",
     "dask_setup",
+    "delete",
     "deployment",
+    "get_app_handle",
     "get_client",
     "get_deployment",
+    "get_deployment_handle",
     "get_multiplexed_model_id",
     "get_replica_context",
     "history",
     "ingress",
     "list_deployments",
     "multiplexed",
+    "run",
     "shutdown",
     "start",
     "status",

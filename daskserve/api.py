@@ -11,7 +11,7 @@ from typing import Any, Self, cast
 
 from distributed import Client
 
-from daskserve import environment, pickling
+from daskserve import environment, local, pickling
 from daskserve.config import DeploymentOptions, HTTPOptions
 from daskserve.controller.plugin import NAME, ServeController
 from daskserve.deployment import Deployment
@@ -170,9 +170,16 @@ def shutdown() -> Any:
     """End the instance and all its deployments; may be called twice.
 
     Requests that run may finish, within their deployment's grace period. Dask actors
-    that are not daskserve's are left alone.
+    that are not daskserve's are left alone. Apps that were run with ``local=True`` end
+    too.
     """
-    session = current_session()
+    ended = local.shutdown()
+    try:
+        session = current_session()
+    except ServeNotRunningError:
+        if ended:
+            return None
+        raise
     return session.run(_shutdown, session)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, cast, overload
 
 from daskserve import pickling
+from daskserve.composition import Application, MakePickler
 from daskserve.config import Default, DeploymentOptions
 from daskserve.controller.records import Spec
 from daskserve.handle import DeploymentHandle
@@ -129,7 +130,7 @@ class Deployment:
         options = self._options
         if init_args or init_kwargs:
             options = options.replace(init_args=init_args, init_kwargs=init_kwargs)
-        spec = self._spec(options)
+        spec = Deployment(self._target, options)._spec()
         session = current_session()
         return session.run(_deploy, session, spec, options.prev_version)
 
@@ -169,6 +170,33 @@ class Deployment:
         """
         session = current_session()
         return session.run(_delete, session, self._options.name)
+
+    def bind(self, *init_args: Any, **init_kwargs: Any) -> Application:
+        """Return a part of an app, for `run`, or for the arguments of other such parts.
+
+        Nothing is deployed yet. A constructor gets a handle of what is bound among its
+        arguments, at any depth.
+
+        Parameters
+        ----------
+        *init_args, **init_kwargs
+            Arguments of the constructor, as for `deploy`.
+
+        Raises
+        ------
+        TypeError
+            The arguments do not fit the constructor.
+
+        Examples
+        --------
+        >>> app = Ingress.bind(Model.bind("v1"), threshold=0.5)  # doctest: +SKIP
+        >>> serve.run(app)  # doctest: +SKIP
+        """
+        options = self._options
+        if init_args or init_kwargs:
+            options = options.replace(init_args=init_args, init_kwargs=init_kwargs)
+        self._check_arguments(options)
+        return Application(Deployment(self._target, options))
 
     def get_handle(self) -> DeploymentHandle:
         """Return a handle to call the deployment from Python.
@@ -271,7 +299,8 @@ class Deployment:
             return self._target
         return pickling.dumps(self._target, what=f"deployment {self._options.name!r}")
 
-    def _spec(self, options: DeploymentOptions) -> Spec:
+    def _spec(self, pickler: MakePickler = pickling.Pickler) -> Spec:
+        options = self._options
         self._check_arguments(options)
         name = options.name
         init = (options.init_args, options.init_kwargs)
@@ -280,7 +309,9 @@ class Deployment:
             name=name,
             version=options.version,
             code=self._code(),
-            init=pickling.dumps(init, what=f"the init_args of {name!r}"),
+            init=pickling.dumps(
+                init, what=f"the init_args of {name!r}", pickler=pickler
+            ),
             user_config=(
                 None
                 if user_config is None
@@ -298,7 +329,9 @@ class Deployment:
             health_check_timeout_s=options.health_check_timeout_s,
             graceful_shutdown_timeout_s=options.graceful_shutdown_timeout_s,
             graceful_shutdown_wait_loop_s=options.graceful_shutdown_wait_loop_s,
-            options=pickling.dumps(options, what=f"the options of {name!r}"),
+            options=pickling.dumps(
+                options, what=f"the options of {name!r}", pickler=pickler
+            ),
         )
 
     def _check_arguments(self, options: DeploymentOptions) -> None:

@@ -81,6 +81,8 @@ class DeploymentStatus:
     running_replicas: int
     replicas: list[ReplicaStatus] = field(default_factory=list)
     deaths: list[DeathStatus] = field(default_factory=list)
+    #: The app that it is a part of; see `daskserve.run`.
+    app: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,8 @@ def _deployment_lines(name: str, deployment: DeploymentStatus) -> list[list[str]
     count = f"{deployment.running_replicas}/{deployment.target_replicas}"
     version = "" if deployment.version is None else f"  version {deployment.version}"
     route = deployment.route_prefix or "no HTTP"
-    lines = [[f"  {name}  {deployment.state}  {count} replicas  {route}{version}"]]
+    app = "" if deployment.app is None else f"  app {deployment.app}"
+    lines = [[f"  {name}  {deployment.state}  {count} replicas  {route}{version}{app}"]]
     lines += _reason(deployment.reason, 4)
     for replica in deployment.replicas:
         where = f"{replica.worker or '-'}  pid {replica.pid or '-'}"

@@ -273,6 +273,7 @@ def test_status(rig: Rig) -> None:
         "f": {
             "state": "HEALTHY",
             "reason": "",
+            "app": None,
             "version": "1",
             "route_prefix": "/f",
             "target_replicas": 2,

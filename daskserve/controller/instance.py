@@ -25,6 +25,7 @@ from daskserve.controller.actions import (
     StopReplica,
     WatchReplica,
 )
+from daskserve.controller.apps import Apps
 from daskserve.controller.health import HealthBoard, Trouble, note_silence
 from daskserve.controller.journal import Journal
 from daskserve.controller.keeper import StateKeeper
@@ -86,6 +87,7 @@ class Instance:
             first_id=random.randrange(1, 2**40),
             max_failures=settings.constructor_failure_limit,
         )
+        self.apps = Apps(self)
         self._launcher = Launcher(scheduler, self._replica_failed)
         self._health = HealthBoard()
         self.publisher.silent = self._health.silent
@@ -189,6 +191,10 @@ class Instance:
     def spec(self, name: str) -> Spec:
         """Return what is wanted of a deployment; `KeyError` if there is none."""
         return self._state.spec(name)
+
+    def check_route(self, spec: Spec) -> None:
+        """Raise `ValueError` if another deployment has the route prefix."""
+        self._state.check_prefix(spec)
 
     def names(self) -> list[str]:
         """Return the names of all deployments."""

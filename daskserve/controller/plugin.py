@@ -107,6 +107,9 @@ class ServeController(SchedulerPlugin):
             self.serve_info,
             self.serve_deploy,
             self.serve_delete,
+            self.serve_run,
+            self.serve_app,
+            self.serve_delete_app,
             self.serve_get,
             self.serve_list,
             self.serve_history,
@@ -304,12 +307,35 @@ class ServeController(SchedulerPlugin):
         self, spec: dict[str, Any], prev_version: str | None
     ) -> Failure | None:
         """Deploy, and answer when that is settled."""
-        return await self._running().deploy(Spec.from_message(spec), prev_version)
+        instance = self._running()
+        wish = instance.apps.kept_together(Spec.from_message(spec))
+        return await instance.deploy(wish, prev_version)
 
     @_answers
     async def serve_delete(self, name: str) -> Failure | None:
         """Delete, and answer when nothing of it is left."""
         return await self._running().delete(name)
+
+    @_answers
+    async def serve_run(
+        self, app: str, stages: list[list[dict[str, Any]]]
+    ) -> Failure | None:
+        """Deploy an app, in the place of what it was, and answer when it is settled."""
+        wishes = [
+            [(Spec.from_message(each["spec"]), each["prev_version"]) for each in stage]
+            for stage in stages
+        ]
+        return await self._running().apps.run(app, wishes)
+
+    @_answers
+    async def serve_app(self, app: str) -> list[str]:
+        """Return the names of an app's deployments, the ingress last."""
+        return self._running().apps.names(app)
+
+    @_answers
+    async def serve_delete_app(self, app: str) -> Failure | None:
+        """Delete an app, and answer when nothing of it is left."""
+        return await self._running().apps.delete(app)
 
     @_answers
     async def serve_get(self, name: str) -> dict[str, Any]:

@@ -51,6 +51,10 @@ class Spec:
         Seconds between two looks whether they have ended.
     options
         The pickled options as the user gave them, for ``get_deployment()``.
+    app
+        The app that it is a part of, or None.
+    app_place
+        Its place there: callees come before their callers, the ingress is last.
     """
 
     name: str
@@ -71,6 +75,8 @@ class Spec:
     graceful_shutdown_timeout_s: float
     graceful_shutdown_wait_loop_s: float
     options: bytes
+    app: str | None = None
+    app_place: int = 0
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> Self:

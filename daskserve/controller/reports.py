@@ -86,6 +86,7 @@ def _status_entry(d: ManagedDeployment, now: float) -> dict[str, Any]:
     return {
         "state": state.value,
         "reason": d.reason,
+        "app": spec.app,
         "version": spec.version,
         "route_prefix": spec.route_prefix,
         "target_replicas": 0 if deleting else spec.num_replicas,

@@ -93,7 +93,7 @@ class ControllerState:
         """
         there = self._live.get(spec.name)
         self._check_version(spec.name, there, prev_version)
-        self._check_prefix(spec)
+        self.check_prefix(spec)
         ticket = next(self._tickets)
         if there is not None:
             set_goal(there, spec, ticket, now)
@@ -160,7 +160,19 @@ class ControllerState:
                 f"has version {version!r}"
             )
 
-    def _check_prefix(self, spec: Spec) -> None:
+    def check_prefix(self, spec: Spec) -> None:
+        """Refuse a route prefix that another deployment has.
+
+        Parameters
+        ----------
+        spec
+            The wish.
+
+        Raises
+        ------
+        ValueError
+            The text names the other one.
+        """
         for other in self._live.values():
             if other.name != spec.name and spec.route_prefix in other.prefixes():
                 raise ValueError(

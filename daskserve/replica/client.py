@@ -119,6 +119,8 @@ class ReplicaClients:
                 "get_client() was called on an event loop that is not the replica's: "
                 "there is a client for the replica's async code, and one for threads"
             )
+        if self._worker is None:
+            raise ServeError("an app that was run with local=True has no cluster")
         with self._lock:
             if self._closed:
                 raise ServeError("the replica is stopping: it gets no Dask client")

@@ -571,7 +571,8 @@ class Runner:
             )
         )
         # Then `distributed.get_client()` works as it does in tasks and actors.
-        _worker_cvar.set(self.session.worker)
+        if self.session.worker is not None:
+            _worker_cvar.set(self.session.worker)
 
 
 def _was_cancelled(error: BaseException) -> bool:
