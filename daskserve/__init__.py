@@ -24,12 +24,14 @@ from daskserve.replica.context import (
     get_multiplexed_model_id,
     get_replica_context,
 )
+from daskserve.response_stream import DeploymentResponseGenerator
 
 __all__ = [
     "Application",
     "Deployment",
     "DeploymentHandle",
     "DeploymentResponse",
+    "DeploymentResponseGenerator",
     "ServeError",
     "ServeInstance",
     "batch",

@@ -5,21 +5,28 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import threading
 from collections.abc import Generator
 from datetime import timedelta
 from typing import Any
 
-from distributed import Future, wait
+from distributed import Future, get_client
 from distributed.actor import BaseActorFuture
 
+from daskserve import arguments
 from daskserve.config import duration
-from daskserve.exceptions import ReplicaDiedError, RequestTimeoutError
+from daskserve.exceptions import RequestTimeoutError
 from daskserve.replica.context import ReplicaContext, current_replica
-from daskserve.session import Session, WorkerSession, current_session
+from daskserve.response_stream import (
+    DeploymentResponseGenerator,
+    check_blocking,
+    error_of,
+    settled,
+)
+from daskserve.session import ClientSession, Session, WorkerSession, current_session
 from daskserve.transport import values
-from daskserve.transport.calls import Answer, CallRequest
-from daskserve.transport.messages import RESULT, STOPPED, UNKNOWN_METHOD, Message
+from daskserve.transport.calls import CallRequest
+from daskserve.transport.items import Items
+from daskserve.transport.messages import RESULT, Message
 
 
 class DeploymentResponse(BaseActorFuture[Any]):
@@ -69,13 +76,8 @@ class DeploymentResponse(BaseActorFuture[Any]):
         """
         limit = timeout_s if timeout_s is not None else timeout
         seconds = None if limit is None else duration(limit)
-        session = self._session
-        if not self.done() and isinstance(session, WorkerSession):
-            if threading.get_ident() == session.worker.thread_id:
-                raise RuntimeError(
-                    "result() would block the event loop of the Dask worker: use "
-                    "'await response' here"
-                )
+        if not self.done():
+            check_blocking(self._session, "result()", "await response")
         try:
             message = self._answer.result(seconds)
         except concurrent.futures.TimeoutError as err:
@@ -117,14 +119,14 @@ class DeploymentResponse(BaseActorFuture[Any]):
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "a DeploymentResponse cannot be pickled: pass on its result, "
-            "'await response' or response.result()"
+            "a DeploymentResponse cannot be pickled: pass it to another handle, or "
+            "pass on its result, 'await response' or response.result()"
         )
 
     async def _wait(self) -> Any:
         self._awaiting += 1
         try:
-            await _settled(self._answer)
+            await settled(self._answer)
         except asyncio.CancelledError:
             # Whoever waited is gone. Others who wait still want the answer.
             if self._awaiting == 1:
@@ -139,12 +141,7 @@ class DeploymentResponse(BaseActorFuture[Any]):
     def _decode(self, message: Message) -> Any:
         if message[0] == RESULT:
             return values.loads_value(message[2])
-        _, _, kind, type_name, text, formatted, pickled = message
-        if kind == STOPPED:
-            raise ReplicaDiedError(text)
-        if kind == UNKNOWN_METHOD:
-            raise AttributeError(text)
-        raise values.restore(type_name, text, formatted, pickled)
+        raise error_of(message)
 
 
 class DeploymentHandle:
@@ -161,6 +158,8 @@ class DeploymentHandle:
         The method that `remote` calls.
     multiplexed_model_id
         The model that its calls are for; see `daskserve.multiplexed`.
+    stream
+        Whether calls return the items of a generator, one by one.
 
     Examples
     --------
@@ -169,19 +168,21 @@ class DeploymentHandle:
     >>> await handle.increment.remote(by=2)  # doctest: +SKIP
     """
 
-    __slots__ = ("_deployment", "_method_name", "_model_id", "_session")
+    __slots__ = ("_deployment", "_method_name", "_model_id", "_session", "_stream")
 
     def __init__(
         self,
         deployment: str,
         method_name: str = "__call__",
         multiplexed_model_id: str = "",
+        stream: bool = False,
         *,
         _session: Session | None = None,
     ) -> None:
         self._deployment = deployment
         self._method_name = method_name
         self._model_id = multiplexed_model_id
+        self._stream = stream
         self._session = _session
 
     @property
@@ -194,6 +195,7 @@ class DeploymentHandle:
         *,
         method_name: str | None = None,
         multiplexed_model_id: str | None = None,
+        stream: bool | None = None,
     ) -> DeploymentHandle:
         """Return another handle of the same deployment; what is not given is as here.
 
@@ -203,6 +205,9 @@ class DeploymentHandle:
             The method that its `remote` calls.
         multiplexed_model_id
             The model that its calls are for: they go to a replica that has it.
+        stream
+            Whether its calls return a `DeploymentResponseGenerator`: the method is a
+            generator, sync or async.
         """
         for option, value in (
             ("method_name", method_name),
@@ -210,19 +215,29 @@ class DeploymentHandle:
         ):
             if value is not None and not isinstance(value, str):
                 raise TypeError(f"{option}={value!r} is not a string")
+        if stream is not None and not isinstance(stream, bool):
+            raise TypeError(f"stream={stream!r} is not a bool")
         model_id = multiplexed_model_id
         return DeploymentHandle(
             self._deployment,
             method_name or self._method_name,
             self._model_id if model_id is None else model_id,
+            self._stream if stream is None else stream,
             _session=self._session,
         )
 
-    def remote(self, *args: Any, **kwargs: Any) -> DeploymentResponse:
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
         """Call the deployment; returns at once.
 
         Arguments are copied. A Dask future among them, at any depth, is waited for and
-        replaced by its value, which goes from worker to worker.
+        replaced by its value, which goes from worker to worker, to a replica near it;
+        a Dask collection is computed and treated likewise. A response of another call
+        is replaced by its result, for which nobody waits here.
+
+        Returns
+        -------
+        DeploymentResponse
+            With ``stream=True`` a `DeploymentResponseGenerator`.
 
         Raises
         ------
@@ -240,12 +255,10 @@ class DeploymentHandle:
                     asyncio.run_coroutine_threadsafe(read.body(), loop).result()
             else:
                 return self._remote_later(session, context, unread, args, kwargs)
-        request, futures = self._request(context, args, kwargs)
-        if futures:
-            _send_when_done(futures, request, session)
-        else:
-            session.calls.send(request)
-        return _response(request.answer, session, context, futures)
+        request = self._request(session, context)
+        awaited = self._fill(request, session, context, args, kwargs)
+        arguments.send(request, awaited, session)
+        return _response(request, session, context, awaited.futures)
 
     def _remote_later(
         self,
@@ -254,46 +267,57 @@ class DeploymentHandle:
         unread: list[Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> DeploymentResponse:
+    ) -> Any:
         """Read the bodies of requests among the arguments first, on their loop."""
-        answer = Answer()
+        call = self._request(session, context)
 
         async def read_and_send() -> None:
             try:
                 for request in unread:
                     await request.body()
-                call, futures = self._request(context, args, kwargs)
+                awaited = self._fill(call, session, context, args, kwargs)
+                arguments.send(call, awaited, session)
             except Exception as err:
-                with contextlib.suppress(concurrent.futures.InvalidStateError):
-                    answer.set_exception(err)
-                return
-            call.answer = answer
-            if futures:
-                _send_when_done(futures, call, session)
-            else:
-                session.calls.send(call)
+                arguments.fail(call.answer, err)
 
         _background.add(task := asyncio.ensure_future(read_and_send()))
         task.add_done_callback(_background.discard)
-        return _response(answer, session, context, None)
+        return _response(call, session, context, None)
 
-    def _request(
-        self,
-        context: ReplicaContext | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[CallRequest, list[Future[Any]]]:
-        what = f"an argument of {self._deployment}.{self._method_name}()"
-        arguments, futures = values.dumps_arguments(args, kwargs, what=what)
+    def _request(self, session: Session, context: ReplicaContext | None) -> CallRequest:
         request = CallRequest(
             self._deployment,
             self._method_name,
-            arguments,
-            tuple(future.key for future in futures),
+            b"",
+            (),
             None if context is None else context.request_id,
             self._model_id,
         )
-        return request, futures
+        if self._stream:
+            request.items = Items(session.settings.window_bytes)
+        return request
+
+    def _fill(
+        self,
+        request: CallRequest,
+        session: Session,
+        context: ReplicaContext | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> values.Awaited:
+        """Put the arguments into a call; return what has its value elsewhere."""
+
+        def compute(collection: Any) -> Future[Any]:
+            future: Future[Any] = _client(session, context).compute(collection)
+            return future
+
+        what = f"an argument of {self._deployment}.{self._method_name}()"
+        request.arguments, awaited = values.dumps_arguments(
+            args, kwargs, what=what, compute=compute
+        )
+        if awaited.futures:
+            request.future_keys = tuple(future.key for future in awaited.futures)
+        return awaited
 
     def __getattr__(self, name: str) -> DeploymentHandle:
         if name.startswith("_"):
@@ -314,76 +338,48 @@ class DeploymentHandle:
     def __repr__(self) -> str:
         model = self._model_id
         last = f", multiplexed_model_id={model!r}" if model else ""
+        last += ", stream=True" if self._stream else ""
         return (
             f"DeploymentHandle({self._deployment!r}, "
             f"method_name={self._method_name!r}{last})"
         )
 
     @property
-    def _identity(self) -> tuple[str, str, str]:
-        return self._deployment, self._method_name, self._model_id
+    def _identity(self) -> tuple[str, str, str, bool]:
+        return self._deployment, self._method_name, self._model_id, self._stream
 
 
 _background: set[asyncio.Task[None]] = set()
 
 
 def _response(
-    answer: concurrent.futures.Future[Message],
+    request: CallRequest,
     session: Session,
     context: ReplicaContext | None,
     keep_alive: object,
-) -> DeploymentResponse:
+) -> DeploymentResponse | DeploymentResponseGenerator:
+    answer = request.answer
     if context is not None:  # cancelled along with the request that made it
         children = context._children
         if children is None:
             children = context._children = set()
         children.add(answer)
         answer.add_done_callback(children.discard)
+    if request.items is not None:
+        return DeploymentResponseGenerator(answer, request.items, session, keep_alive)
     return DeploymentResponse(answer, session, keep_alive)
 
 
-def _send_when_done(
-    futures: list[Future[Any]], request: CallRequest, session: Session
-) -> None:
-    """Send a call once the Dask futures among its arguments have their values."""
-    client: Any = futures[0].client
-
-    async def wait_and_send() -> None:
-        try:
-            with client.as_current():
-                await wait(futures)
-            for future in futures:
-                if future.status != "finished":
-                    await client.gather(future, asynchronous=True)  # raises its error
-        except (Exception, asyncio.CancelledError) as err:
-            with contextlib.suppress(concurrent.futures.InvalidStateError):
-                request.answer.set_exception(err)
-        else:
-            session.calls.send(request)
-
-    client.loop.add_callback(wait_and_send)
+def _client(session: Session, context: ReplicaContext | None) -> Any:
+    """Return the Dask client that computes collections for the code that runs."""
+    if isinstance(session, ClientSession):
+        return session.client
+    if isinstance(session, WorkerSession) and context is not None:
+        return context._replica.clients.get()
+    return get_client()
 
 
 def _is_running(loop: asyncio.AbstractEventLoop) -> bool:
     with contextlib.suppress(RuntimeError):
         return asyncio.get_running_loop() is loop
     return False
-
-
-async def _settled(answer: concurrent.futures.Future[Message]) -> None:
-    """Wait on the running loop for `answer`, without passing a cancellation on."""
-    if answer.done():
-        return
-    loop = asyncio.get_running_loop()
-    settled = loop.create_future()
-
-    def set_settled() -> None:
-        if not settled.done():
-            settled.set_result(None)
-
-    def notify(_: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-            loop.call_soon_threadsafe(set_settled)
-
-    answer.add_done_callback(notify)
-    await settled

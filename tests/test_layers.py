@@ -27,6 +27,8 @@ LAYERS = [
     "deployment",
     "mapping",
     "handle",
+    "arguments",
+    "response_stream",
     "controller.*",
     "worker",
     "leaving",
@@ -61,6 +63,7 @@ OWNERS = {
 PURE = [
     "config",
     "exceptions",
+    "transport.items",
     "transport.messages",
     "transport.outbox",
     "transport.router",

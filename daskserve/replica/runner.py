@@ -27,6 +27,7 @@ from daskserve.replica.asgi import HttpExchange, Starts
 from daskserve.replica.client import ReplicaClients
 from daskserve.replica.context import ReplicaContext, current_replica
 from daskserve.replica.encode import NotEncodableError, encode
+from daskserve.replica.handle_calls import HandleCall, StreamCall, is_stream
 from daskserve.replica.places import Places
 from daskserve.replica.servable import Servable, UnknownMethodError
 from daskserve.replica.websocket import ClientDisconnectedError, WebSocketExchange
@@ -75,17 +76,6 @@ class Running(Protocol):
     """An exchange that is in user code."""
 
     task: asyncio.Task[None] | None
-
-
-class HandleCall:
-    """One call through a handle that is in the replica."""
-
-    __slots__ = ("entered", "task")
-
-    def __init__(self) -> None:
-        self.task: asyncio.Task[None] | None = None
-        #: Whether its task has begun.
-        self.entered = False
 
 
 class Runner:
@@ -322,7 +312,11 @@ class Runner:
                     exchange.body_arrived(message[3], message[4])
             elif op == CREDIT:
                 key = (reply_to, message[1])
-                credited = self._http.get(key) or self._websockets.get(key)
+                credited = (
+                    self._http.get(key)
+                    or self._websockets.get(key)
+                    or self._calls.get(key)
+                )
                 if credited is not None:
                     credited.credit(message[3])
             elif op == EVENT:
@@ -355,7 +349,12 @@ class Runner:
             serving = self._serve_websocket(websocket)
             websocket.task = self._spawn(self._websockets, key, serving)
         else:
-            call = self._calls[key] = HandleCall()
+            window_bytes = message[8] if len(message) > 8 else None
+            if window_bytes is None:
+                call = HandleCall()
+            else:
+                call = StreamCall(reply_to, message[1], window_bytes)
+            self._calls[key] = call
             call.task = asyncio.Task(
                 self._serve_call(call, key, *message[3:]), loop=self._thread.loop
             )
@@ -532,16 +531,23 @@ class Runner:
         future_keys: tuple[Any, ...],
         request_id: str | None,
         model_id: str = "",
+        window_bytes: int | None = None,
+        *results: bytes,
     ) -> None:
         call.entered = True
         self._enter(request_id, None, model_id)
         reply_to, exchange_id = key
         try:
             fetched = await self.session.gather(future_keys) if future_keys else {}
-            args, kwargs = values.loads_arguments(arguments, fetched)
+            args, kwargs = values.loads_arguments(arguments, fetched, results)
             result = await self._servable.call(method_name, args, kwargs)
             what = f"the result of {self.spec.deployment}.{method_name}()"
-            reply = (RESULT, exchange_id, pickling.dumps(result, what=what))
+            reply: Message
+            if isinstance(call, StreamCall) or is_stream(result):
+                await self._send_items(call, result, what)
+                reply = (END, exchange_id)
+            else:
+                reply = (RESULT, exchange_id, pickling.dumps(result, what=what))
             reply_to.send(reply)
         except UnknownMethodError as err:
             reply_to.send(_error_message(exchange_id, UNKNOWN_METHOD, err))
@@ -552,6 +558,22 @@ class Runner:
         finally:
             del self._calls[key]
             self._finished()
+
+    async def _send_items(self, call: HandleCall, result: Any, what: str) -> None:
+        if not isinstance(call, StreamCall):
+            await _close_generator(result)
+            raise TypeError(
+                f"{what} cannot be pickled, it is a generator: call it by "
+                f"handle.options(stream=True)"
+            )
+        if not is_stream(result):
+            raise TypeError(
+                f"{what} is no generator but of type {type(result).__name__}: call it "
+                f"without stream=True"
+            )
+        async with contextlib.aclosing(self._servable.iterate(result)) as items:
+            async for item in items:
+                await call.send(pickling.dumps(item, what=f"an item of {what}"))
 
     def _enter(
         self, request_id: str | None, head: Head | None = None, model_id: str = ""

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from typing import Any
 
 from starlette.requests import Request
@@ -25,6 +25,8 @@ from daskserve.replica.sync_thread import SyncThread
 
 #: Where an object keeps what ``@serve.multiplexed`` has loaded, each with ``clear()``.
 MODELS = "_daskserve_models"
+#: What the end of a sync generator is told by.
+_END = object()
 
 
 class UnknownMethodError(AttributeError):
@@ -191,6 +193,26 @@ class Servable:
         if not takes:
             args, kwargs = (), {}
         return await self._invoke(method, args, kwargs)
+
+    async def iterate(
+        self, result: Iterator[Any] | AsyncIterator[Any]
+    ) -> AsyncGenerator[Any, None]:
+        """Yield the items of a generator; the body of a sync one runs on its thread."""
+        if isinstance(result, AsyncIterator):
+            try:
+                async for item in result:
+                    yield item
+            finally:
+                if inspect.isasyncgen(result):
+                    await result.aclose()
+            return
+        step = functools.partial(next, result, _END)
+        try:
+            while (item := await self._run_sync(step)) is not _END:
+                yield item
+        finally:
+            if inspect.isgenerator(result):
+                await self._run_sync(result.close)
 
     def _method(self, name: str) -> Callable[..., Any]:
         if name == "__call__" and callable(self.object):

@@ -8,10 +8,12 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
-from daskserve.exceptions import DeploymentUnavailableError
+from daskserve.exceptions import DeploymentUnavailableError, ReplicaDiedError
+from daskserve.transport.channel import ConnectionLostError
 from daskserve.transport.dispatcher import Call, Dispatcher, timeout_error
+from daskserve.transport.items import Items
 from daskserve.transport.loops import Mailbox
-from daskserve.transport.messages import CALL, REFUSED, Message
+from daskserve.transport.messages import CALL, CREDIT, ITEM, REFUSED, Message
 
 
 class Answer(Future[Message]):
@@ -46,6 +48,12 @@ class CallRequest:
     #: The model that it is for; "": none in particular.
     model_id: str = ""
     answer: Answer = field(default_factory=Answer)
+    #: Where the items go, if they are wanted one by one; the answer is the end then.
+    items: Items | None = None
+    #: Pickled results of other calls that are among the arguments.
+    results: tuple[bytes, ...] = ()
+    #: Workers that have most of the bytes of the Dask futures, the best ones first.
+    near: tuple[str, ...] = ()
 
 
 class CallSender:
@@ -69,7 +77,10 @@ class CallSender:
 
     def _begin(self, batch: list[CallRequest]) -> None:
         for request in batch:
-            _RunningCall(self.dispatcher, request).begin()
+            if request.items is None:
+                _RunningCall(self.dispatcher, request).begin()
+            else:
+                _RunningStream(self.dispatcher, request, request.items).begin()
 
 
 class _RunningCall:
@@ -85,6 +96,7 @@ class _RunningCall:
         self._dispatcher = dispatcher
         self._request = request
         self._call = Call(dispatcher, request.deployment, request.model_id)
+        self._call.near = request.near
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -101,6 +113,9 @@ class _RunningCall:
             self._timer = self._dispatcher.loop.call_later(
                 group.timeout_s, self._call.abort, failure
             )
+        self._start()
+
+    def _start(self) -> None:
         if not self._call.begin_now(self._make, self._take_news):
             self._go_on()
 
@@ -115,6 +130,8 @@ class _RunningCall:
             request.future_keys,
             request.request_id,
             request.model_id,
+            None if request.items is None else request.items.window_bytes,
+            *request.results,
         )
 
     def _take_news(self) -> None:
@@ -163,3 +180,45 @@ class _RunningCall:
         self._call.cancel()
         self._finish()
         self._request.answer.cancel()
+
+
+class _RunningStream(_RunningCall):
+    """A call that brings items; the window bounds what nobody has consumed yet."""
+
+    __slots__ = ("_items",)
+
+    def __init__(
+        self, dispatcher: Dispatcher, request: CallRequest, items: Items
+    ) -> None:
+        super().__init__(dispatcher, request)
+        self._items = items
+        items.on_consumed = self._consumed
+
+    def _start(self) -> None:
+        self._go_on()
+
+    async def _wait(self) -> None:
+        try:
+            message = await self._call.first(self._make, retry_lost=False)
+            if self._timer is not None:  # that was until the first one
+                self._timer.cancel()
+            while message[0] == ITEM:
+                self._items.put(message[2])
+                message = await self._call.next()
+        except asyncio.CancelledError:
+            self._cancel()
+            raise
+        except Exception as err:
+            self._call.cancel()
+            self._finish()
+            if isinstance(err, ConnectionLostError):
+                err = ReplicaDiedError(str(err))
+            with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
+                self._request.answer.set_exception(err)
+        else:
+            self._answer(message)
+
+    def _consumed(self, cost: int) -> None:
+        """Let the replica send more; any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has stopped
+            self._dispatcher.loop.call_soon_threadsafe(self._call.send, CREDIT, cost)

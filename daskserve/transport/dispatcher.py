@@ -342,7 +342,7 @@ class Dispatcher:
         """Count `call` as in a replica with room, if there is one now."""
         if group.waiting:  # nobody overtakes those who wait
             return None
-        slot = group.router.choose(self.loop.time(), call.avoid, call.model_id)
+        slot = _choose(group, call, self.loop.time())
         if slot is not None:
             slot.in_flight += 1
         return slot
@@ -359,6 +359,8 @@ class Dispatcher:
             raise unavailable
         if not group.wanted:
             self._want(group)
+            if call.near:
+                await self.connected()
             slot = self.acquire_now(call, group)  # if others brought connections here
             if slot is not None:
                 return slot
@@ -544,7 +546,7 @@ class Dispatcher:
             if waiter is None or waiter.done():
                 group.waiting.popleft()
                 continue
-            slot = group.router.choose(now, None, group.waiting[0].model_id)
+            slot = _choose(group, group.waiting[0], now)
             if slot is None:
                 self._look_again(group, now)
                 return
@@ -592,6 +594,14 @@ class Dispatcher:
                 waiter.set_exception(failure)
 
 
+def _choose(group: Group, call: Call, now: float) -> Slot | None:
+    if call.near:
+        near = group.router.choose_near(call.near, now)
+        if near is not None:
+            return near
+    return group.router.choose(now, call.avoid, call.model_id)
+
+
 def _is_open(waiter: asyncio.Future[Slot] | None) -> bool:
     return waiter is not None and not waiter.done()
 
@@ -604,8 +614,8 @@ class Call:
     """
 
     __slots__ = ("_aborted", "_channel", "_dispatcher", "_exchange", "avoid",
-                 "deployment", "group", "model_id", "number", "on_grant", "refused",
-                 "slot", "waiter")  # fmt: skip
+                 "deployment", "group", "model_id", "near", "number", "on_grant",
+                 "refused", "slot", "waiter")  # fmt: skip
 
     def __init__(
         self, dispatcher: Dispatcher, deployment: str, model_id: str = ""
@@ -614,6 +624,8 @@ class Call:
         self.deployment = deployment
         #: The model that it is for, if it is for one of many.
         self.model_id = model_id
+        #: Workers where replicas are preferred, the best ones first.
+        self.near: tuple[str, ...] = ()
         self._exchange: Exchange | None = None
         self._channel: Channel | None = None
         self._aborted: BaseException | None = None

@@ -9,9 +9,12 @@ From a caller to a replica (the third field is always the replica's id):
 ===========  ===============================================================
 ``REQUEST``  replica, the fields of `Head`, body, more_body
 ``CALL``     replica, method name, pickled ``(args, kwargs)``, keys of the Dask
-             futures in them, request id, id of the model that it is for or ""
+             futures in them, request id, id of the model that it is for or "",
+             window in bytes or None, pickled results that are among the arguments;
+             with a window it is a stream
 ``BODY``     replica, data, more_body
-``CREDIT``   replica, bytes of the response that the caller has passed on
+``CREDIT``   replica, bytes of the response that the caller has passed on, or cost
+             of the items that it has consumed
 ``CONNECT``  replica, head with subprotocols: a WebSocket
 ``EVENT``    replica, an ASGI event of a WebSocket, as a dict
 ``CANCEL``   replica: the caller has gone, or does not want an answer any more
@@ -24,7 +27,8 @@ From a replica to a caller:
 ``START``     status, headers
 ``CHUNK``     data, more_body
 ``PUSH``      an ASGI event of a WebSocket, as a dict
-``END``       the app of a WebSocket has returned
+``END``       the app of a WebSocket has returned; there are no more items
+``ITEM``      pickled item of a stream
 ``RESULT``    pickled result of a call
 ``ERROR``     kind, type name, text, traceback, pickled exception or None
 ``REFUSED``   reason: it was not handed to user code, try another replica
@@ -66,6 +70,7 @@ REFUSED: Final = 21
 GRANT: Final = 22
 PUSH: Final = 23
 END: Final = 24
+ITEM: Final = 25
 
 ROOM: Final = 32
 WELCOME: Final = 33
@@ -120,6 +125,15 @@ NOT_ENCODABLE: Final = "not-encodable"  # its result cannot be expressed
 UNKNOWN_METHOD: Final = "unknown-method"
 STOPPED: Final = "stopped"  # the replica ended with the request in it
 CUT: Final = "cut"  # the response began and cannot be completed
+
+#: What an item of a stream counts beside its bytes, so that small ones are not many.
+ITEM_OVERHEAD_BYTES: Final = 1024
+
+
+def item_cost(data: bytes) -> int:
+    """Return what an item takes of the window."""
+    return len(data) + ITEM_OVERHEAD_BYTES
+
 
 #: Chunks of bodies are split to at most this many bytes, so that one body cannot keep
 #: a channel busy for long.

@@ -97,6 +97,24 @@ class Router:
             return avoid
         return best
 
+    def choose_near(self, workers: Iterable[str], now: float) -> Slot | None:
+        """Return a replica with room on one of some workers, or on a host of theirs.
+
+        Parameters
+        ----------
+        workers
+            Dask addresses, the best ones first.
+        now
+            The clock of `Slot.full_until`.
+        """
+        roomy = [slot for slot in self.slots.values() if self._has_room(slot, now)]
+        for place in (str, _host):
+            for worker in workers:
+                there = [s for s in roomy if place(s.worker) == place(worker)]
+                if there:
+                    return min(there, key=lambda slot: slot.in_flight)
+        return None
+
     @property
     def in_flight(self) -> int:
         """Requests of this caller in all replicas of the newest snapshot."""
@@ -150,3 +168,7 @@ class Router:
         # Both of the two are full: only then it is worth looking at all.
         roomy = [s for s in slots if s is not avoid and self._has_room(s, now)]
         return min(roomy, key=lambda slot: slot.in_flight, default=None)
+
+
+def _host(address: str) -> str:
+    return address.rpartition(":")[0]

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import io
 import traceback
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
+from dask.base import is_dask_collection
 from distributed import Future
+from distributed.actor import BaseActorFuture
 from starlette.requests import Request
 
 from daskserve import pickling
 from daskserve.exceptions import DeploymentError
+from daskserve.transport.calls import Answer
 from daskserve.transport.messages import Headers
+
+#: Begins the keys of other calls' results.
+_RESULT = "daskserve-result"
 
 _future_values: ContextVar[Mapping[Hashable, Any]] = ContextVar("future-values")
 
@@ -39,19 +46,56 @@ _REQUEST_SCOPE = (
 )
 
 
-class ArgumentPickler(pickling.Pickler):
-    """Pickle arguments; Dask futures travel as keys, requests with their bodies."""
+@dataclass(slots=True)
+class Awaited:
+    """What among a call's arguments has its value elsewhere, or not yet.
 
-    def __init__(self, file: io.BytesIO) -> None:
+    Parameters
+    ----------
+    compute
+        Starts the computation of a Dask collection and returns its future.
+    """
+
+    compute: Callable[[Any], Future[Any]]
+    #: Dask futures; whoever makes the call keeps them alive.
+    futures: list[Future[Any]] = field(default_factory=list)
+    #: Answers of other calls, each once.
+    answers: list[Answer] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.futures or self.answers)
+
+
+class ArgumentPickler(pickling.Pickler):
+    """Pickle arguments; Dask futures travel as keys, requests with their bodies.
+
+    Parameters
+    ----------
+    file
+        Where the bytes go.
+    awaited
+        Takes note of what has its value elsewhere.
+    """
+
+    def __init__(self, file: io.BytesIO, awaited: Awaited) -> None:
         super().__init__(file)
-        #: The Dask futures that were met; whoever made the call keeps them alive.
-        self.futures: list[Future[Any]] = []
+        self._awaited = awaited
 
     def reducer_override(self, obj: Any) -> Any:
         """Reduce what `pickling.Pickler` does not."""
+        awaited = self._awaited
         if isinstance(obj, Future):
-            self.futures.append(obj)
+            awaited.futures.append(obj)
             return _value_of, (obj.key,)
+        if isinstance(obj, BaseActorFuture):
+            answer = getattr(obj, "_answer", None)
+            if isinstance(answer, Answer):
+                if answer not in awaited.answers:
+                    awaited.answers.append(answer)
+                return _value_of, ((_RESULT, awaited.answers.index(answer)),)
+        if hasattr(type(obj), "__dask_graph__") and is_dask_collection(obj):
+            awaited.futures.append(future := awaited.compute(obj))
+            return _value_of, (future.key,)
         if isinstance(obj, Request):
             scope = {k: obj.scope[k] for k in _REQUEST_SCOPE if k in obj.scope}
             return _request, (scope, obj._body)
@@ -59,36 +103,60 @@ class ArgumentPickler(pickling.Pickler):
 
 
 def dumps_arguments(
-    args: tuple[Any, ...], kwargs: dict[str, Any], *, what: str
-) -> tuple[bytes, list[Future[Any]]]:
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    what: str,
+    compute: Callable[[Any], Future[Any]] | None = None,
+) -> tuple[bytes, Awaited]:
     """Pickle the arguments of a call.
+
+    Parameters
+    ----------
+    args, kwargs
+        The arguments.
+    what
+        How errors name them.
+    compute
+        Starts the computation of a Dask collection and returns its future.
 
     Returns
     -------
     bytes
         For `loads_arguments`.
-    list of Future
-        The Dask futures among them, at any depth.
+    Awaited
+        What has its value elsewhere, at any depth.
 
     Raises
     ------
     PicklingError
         One of them cannot travel; the text says which.
     """
-    futures: list[Future[Any]] = []
+    awaited = Awaited(compute or _cannot_compute)
 
     def make(file: io.BytesIO) -> ArgumentPickler:
-        pickler = ArgumentPickler(file)
-        pickler.futures = futures
-        return pickler
+        return ArgumentPickler(file, awaited)
 
-    return pickling.dumps((args, kwargs), what=what, pickler=make), futures
+    return pickling.dumps((args, kwargs), what=what, pickler=make), awaited
 
 
 def loads_arguments(
-    data: bytes, values: Mapping[Hashable, Any]
+    data: bytes, values: Mapping[Hashable, Any], results: Sequence[bytes] = ()
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Unpickle arguments, with `values` in the place of Dask futures, by key."""
+    """Unpickle arguments.
+
+    Parameters
+    ----------
+    data
+        What `dumps_arguments` made.
+    values
+        What stands in the place of Dask futures, by key.
+    results
+        What stands in the place of other calls' responses, pickled.
+    """
+    if results:
+        values = dict(values)
+        values |= {(_RESULT, i): loads_value(data) for i, data in enumerate(results)}
     token = _future_values.set(values)
     try:
         args, kwargs = pickling.loads(data)
@@ -148,6 +216,13 @@ def restore(
             error.add_note(f"Traceback in the replica:\n{formatted}")
             return error
     return DeploymentError(type_name, text, formatted)
+
+
+def _cannot_compute(collection: Any) -> Future[Any]:
+    raise TypeError(
+        f"a Dask collection ({type(collection).__name__}) needs a Dask client, and "
+        f"there is none in this process"
+    )
 
 
 def _value_of(key: Hashable) -> Any:
