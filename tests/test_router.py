@@ -93,3 +93,20 @@ def test_equal_load_is_a_coin_toss() -> None:
     chooser = router(*slots)
     counts = Counter(chooser.choose(0) for _ in range(400))
     assert min(counts.values()) > 120
+
+
+def test_near_some_workers() -> None:
+    def at(replica_id: int, worker: str) -> Slot:
+        return Slot(replica_id, f"D#{replica_id}", worker)
+
+    here, beside = at(1, "tcp://a:1"), at(2, "tcp://a:2")
+    far, farther = at(3, "tcp://b:1"), at(4, "tcp://c:1")
+    chooser = router(here, beside, far, farther)
+    assert chooser.choose_near(["tcp://a:1", "tcp://b:1"], 0) is here
+    assert chooser.choose_near(["tcp://d:1", "tcp://b:1"], 0) is far
+    here.in_flight = 2  # a worker that has less comes before a host that has most
+    assert chooser.choose_near(["tcp://a:1", "tcp://b:1"], 0) is far
+    assert chooser.choose_near(["tcp://a:1"], 0) is beside
+    assert chooser.choose_near(["tcp://d:1"], 0) is None
+    far.full_until = 1
+    assert chooser.choose_near(["tcp://b:1"], 0) is None
