@@ -231,8 +231,9 @@ class DeploymentHandle:
 
         Arguments are copied. A Dask future among them, at any depth, is waited for and
         replaced by its value, which goes from worker to worker, to a replica near it;
-        a Dask collection is computed and treated likewise. A response of another call
-        is replaced by its result, for which nobody waits here.
+        a Dask collection is computed and treated likewise. As in tasks, such a value is
+        not to be changed. A response of another call is replaced by its result, for
+        which nobody waits here.
 
         Returns
         -------

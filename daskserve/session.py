@@ -358,8 +358,14 @@ class WorkerSession(Session):
         """
 
         async def fetch() -> dict[Hashable, Any]:
-            who_has = await self.worker.scheduler.who_has(keys=list(keys))
-            data, missing, failed, _ = await gather_from_workers(
+            # What is here is not copied, as for tasks.
+            data = self.worker.data
+            here: dict[Hashable, Any] = {k: data[k] for k in keys if k in data}
+            elsewhere = [key for key in keys if key not in here]
+            if not elsewhere:
+                return here
+            who_has = await self.worker.scheduler.who_has(keys=elsewhere)
+            fetched, missing, failed, _ = await gather_from_workers(
                 who_has, rpc=self.worker.rpc, who=self.worker.address
             )
             if missing or failed:
@@ -367,7 +373,8 @@ class WorkerSession(Session):
                     f"the value of the Dask future {[*missing, *failed][0]!r} among "
                     f"the arguments is not on the cluster any more"
                 )
-            return cast("dict[Hashable, Any]", data)
+            here |= cast("dict[Hashable, Any]", fetched)
+            return here
 
         loop = self.worker.loop.asyncio_loop
         return await asyncio.wrap_future(
