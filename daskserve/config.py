@@ -154,6 +154,37 @@ def _whole_number(minimum: int, maximum: int | None = None) -> PlainValidator:
     return PlainValidator(check)
 
 
+def _above_zero() -> PlainValidator:
+    def check(value: object) -> float:
+        if _is_number(value) and 0 < value < math.inf:
+            return float(value)
+        raise ValueError(f"{value!r} is not allowed: give a number above 0")
+
+    return PlainValidator(check)
+
+
+def _policy(value: object) -> str:
+    if callable(value):
+        module, name = (
+            getattr(value, "__module__", ""),
+            getattr(value, "__qualname__", ""),
+        )
+        path = f"{module}:{name}"
+        if path.startswith("__main__:"):
+            raise ValueError(
+                f"{value!r} is defined in a script or notebook, from where the "
+                "scheduler cannot import it: put it into a module that is installed "
+                "there"
+            )
+    else:
+        path = value if isinstance(value, str) else ""
+    if re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", path):
+        return path
+    raise ValueError(
+        f"{value!r} is not a policy: give 'module:function', or a function of a module"
+    )
+
+
 def _where(allowed: Callable[[Any], object], rule: str) -> PlainValidator:
     def check(value: Any) -> Any:
         if allowed(value):
@@ -537,6 +568,86 @@ def _comparable(value: Any) -> Any:
     return value
 
 
+class AutoscalingConfig(_Options):
+    """How a deployment's number of replicas follows its load.
+
+    Parameters
+    ----------
+    min_replicas, max_replicas
+        The least and the most. With 0, a deployment without requests has no replica,
+        and the next request waits for one.
+    initial_replicas
+        How many the first ``deploy()`` starts; None for `min_replicas`, but 1 at least,
+        so that it can tell whether the code starts.
+    target_ongoing_requests
+        How many requests each replica should have, those that wait included.
+    upscale_delay_s, downscale_delay_s
+        How long more, or fewer, replicas must be called for until there are.
+    upscaling_factor, downscaling_factor
+        Which part of the way a step goes: 0.5 adds, or removes, half of what is called
+        for.
+    metrics_interval_s
+        Seconds between two reports of a process, and two decisions.
+    look_back_period_s
+        Seconds over which requests are averaged.
+    policy
+        ``"module:function"``, or such a function: of an ``AutoscalingContext``, returns
+        the number called for. It is imported by the scheduler. None: as many as have
+        `target_ongoing_requests` each.
+
+    Raises
+    ------
+    pydantic.ValidationError
+        A `ValueError`; if an option is unknown or its value is not allowed.
+
+    Examples
+    --------
+    >>> AutoscalingConfig(min_replicas=0, max_replicas=8).first_number
+    1
+    """
+
+    min_replicas: Annotated[int, _whole_number(0)] = 1
+    max_replicas: Count = 1
+    initial_replicas: Annotated[int, _whole_number(0)] | None = None
+    target_ongoing_requests: Annotated[float, _above_zero()] = 2.0
+    upscale_delay_s: Seconds = 30.0
+    downscale_delay_s: Seconds = 600.0
+    upscaling_factor: Annotated[float, _above_zero()] = 1.0
+    downscaling_factor: Annotated[float, _above_zero()] = 1.0
+    metrics_interval_s: PositiveSeconds = 1.0
+    look_back_period_s: PositiveSeconds = 30.0
+    policy: Annotated[str, PlainValidator(_policy)] | None = None
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> Self:
+        low, high, first = self.min_replicas, self.max_replicas, self.initial_replicas
+        if low > high:
+            raise ValueError(f"min_replicas={low} is more than max_replicas={high}")
+        if first is not None and not low <= first <= high:
+            raise ValueError(
+                f"initial_replicas={first} is not between min_replicas={low} and "
+                f"max_replicas={high}"
+            )
+        interval, period = self.metrics_interval_s, self.look_back_period_s
+        if period < interval:
+            raise ValueError(
+                f"look_back_period_s={period:g} is less than "
+                f"metrics_interval_s={interval:g}"
+            )
+        return self
+
+    @property
+    def first_number(self) -> int:
+        """How many replicas there are to begin with."""
+        if self.initial_replicas is not None:
+            return self.initial_replicas
+        return max(self.min_replicas, 1)
+
+    def clamp(self, number: int) -> int:
+        """Return the number allowed that is nearest."""
+        return max(self.min_replicas, min(self.max_replicas, number))
+
+
 class DeploymentOptions(_Options):
     """How a deployment runs: `deployment`'s keywords.
 
@@ -581,7 +692,8 @@ class DeploymentOptions(_Options):
     deploy_timeout_s
         Seconds after which `deploy` raises if replicas are not healthy.
     autoscaling_config
-        Reserved; only None.
+        Keywords of `AutoscalingConfig`, for a number of replicas that follows the load;
+        then without `num_replicas`.
 
     Raises
     ------
@@ -682,12 +794,23 @@ class DeploymentOptions(_Options):
 
     @field_validator("autoscaling_config", mode="plain")
     @classmethod
-    def _refuse_autoscaling(cls, value: object) -> None:
-        if value is not None:
+    def _check_autoscaling(cls, value: object) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise ValueError(f"{value!r} is not a dict such as {{'max_replicas': 8}}")
+        AutoscalingConfig(**value)  # its error says what is wrong
+        return dict(value)
+
+    @model_validator(mode="after")
+    def _check_one_number(self) -> Self:
+        fixed = "num_replicas" in self.model_fields_set
+        if fixed and self.autoscaling_config is not None:
             raise ValueError(
-                f"autoscaling_config is not supported yet: give num_replicas and not "
-                f"{value!r}"
+                f"num_replicas={self.num_replicas} and autoscaling_config: give one of "
+                "them; initial_replicas is how many there are to begin with"
             )
+        return self
 
     @model_validator(mode="after")
     def _check_default_route(self) -> Self:
@@ -723,7 +846,14 @@ class DeploymentOptions(_Options):
         TypeError, pydantic.ValidationError
             As the constructor.
         """
-        return type(self).model_validate({**dict(self), **self._rename(changes)})
+        kept = dict(self)
+        # Of a fixed number and autoscaling the one that is given last holds.
+        if changes.get("autoscaling_config", self.autoscaling_config) is not None:
+            if "num_replicas" in changes:
+                kept["autoscaling_config"] = None
+            else:
+                del kept["num_replicas"]
+        return type(self).model_validate({**kept, **self._rename(changes)})
 
 
 class BatchOptions(_Options):

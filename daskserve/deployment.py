@@ -8,7 +8,7 @@ from typing import Any, cast, overload
 
 from daskserve import pickling
 from daskserve.composition import Application, MakePickler
-from daskserve.config import Default, DeploymentOptions
+from daskserve.config import AutoscalingConfig, Default, DeploymentOptions
 from daskserve.controller.records import Spec
 from daskserve.handle import DeploymentHandle
 from daskserve.mapping import map_collection
@@ -331,6 +331,11 @@ class Deployment:
             graceful_shutdown_wait_loop_s=options.graceful_shutdown_wait_loop_s,
             options=pickling.dumps(
                 options, what=f"the options of {name!r}", pickler=pickler
+            ),
+            autoscaling=(
+                None
+                if options.autoscaling_config is None
+                else AutoscalingConfig(**options.autoscaling_config).model_dump()
             ),
         )
 

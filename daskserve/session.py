@@ -30,6 +30,7 @@ from daskserve.transport.loops import LoopThread
 from daskserve.transport.messages import (
     STREAM_ACK,
     STREAM_BYE,
+    STREAM_LOAD,
     STREAM_LOST,
     STREAM_QUEUED,
     STREAM_ROUTES,
@@ -229,13 +230,17 @@ class ClientSession(Session):
             if dispatcher is not None:
                 thread.call_soon(dispatcher.queues.take_totals, queued)
 
-        def report_queued(queued: dict[str, int]) -> None:
+        def send(message: dict[str, Any]) -> None:
             client = client_ref()
             if client is not None and client.status == "running":
-                message = {"op": STREAM_QUEUED, "queued": queued}
                 _loop(client).add_callback(client._send_to_scheduler, message)
 
-        dispatcher.queues.send = report_queued
+        dispatcher.queues.send = lambda queued: send(
+            {"op": STREAM_QUEUED, "queued": queued}
+        )
+        dispatcher.loads.send = lambda interval_s, loads: send(
+            {"op": STREAM_LOAD, "interval_s": interval_s, "loads": loads}
+        )
         client._stream_handlers[STREAM_ROUTES] = take_routes
         client._stream_handlers[STREAM_LOST] = take_lost
         client._stream_handlers[STREAM_QUEUED] = take_queued

@@ -25,6 +25,7 @@ from daskserve.replica.runner import Runner
 from daskserve.session import WorkerSession, worker_sessions
 from daskserve.transport.channel import serve_channel
 from daskserve.transport.dispatcher import Dispatcher
+from daskserve.transport.load_reports import Loads
 from daskserve.transport.loops import LoopThread
 from daskserve.transport.messages import (
     OP_BIND,
@@ -35,6 +36,7 @@ from daskserve.transport.messages import (
     STREAM_ACK,
     STREAM_COMMAND,
     STREAM_HELLO,
+    STREAM_LOAD,
     STREAM_LOST,
     STREAM_QUEUED,
     STREAM_REPLICA,
@@ -87,6 +89,7 @@ class ServeWorkerPlugin(WorkerPlugin):
 
         self.session = WorkerSession(worker, make_dispatcher)
         self.session.dispatcher.queues.send = self._report_queued
+        self.session.dispatcher.loads.send = self._report_load
         worker_sessions[worker.address] = self.session
         worker.handlers[OP_CHANNEL] = self._serve_channel
         worker.handlers[OP_BIND] = self._bind
@@ -156,6 +159,9 @@ class ServeWorkerPlugin(WorkerPlugin):
 
     def _report_queued(self, queued: dict[str, int]) -> None:
         self._send({"op": STREAM_QUEUED, "queued": queued})
+
+    def _report_load(self, interval_s: float, loads: Loads) -> None:
+        self._send({"op": STREAM_LOAD, "interval_s": interval_s, "loads": loads})
 
     @never_raises
     def _take_command(self, command: str, replica_id: int, **details: Any) -> None:

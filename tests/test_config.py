@@ -17,6 +17,7 @@ from starlette.middleware.gzip import GZipMiddleware
 
 from daskserve.config import (
     DEFAULT,
+    AutoscalingConfig,
     DeploymentOptions,
     HTTPOptions,
     Settings,
@@ -562,8 +563,8 @@ def test_deployment_option(name: str, value: object, result: object) -> None:
         ("workers", ["a", 1]),
         ("workers", ["a", ""]),
         ("workers", {"a": 1}),
-        ("autoscaling_config", {}),
-        ("autoscaling_config", {"min_replicas": 1}),
+        ("autoscaling_config", 1),
+        ("autoscaling_config", "auto"),
     ],
 )
 def test_deployment_option_refuses(name: str, value: object) -> None:
@@ -577,9 +578,55 @@ def test_validation_errors_are_value_errors(name: str) -> None:
         options(**{name: 0})
 
 
-def test_autoscaling_is_not_supported() -> None:
-    with pytest.raises(ValueError, match="autoscaling_config is not supported yet"):
-        options(autoscaling_config={"min_replicas": 1})
+def test_autoscaling_config_reads_back_as_given() -> None:
+    given = {"min_replicas": 0, "max_replicas": 3, "upscale_delay_s": "500ms"}
+    assert options(autoscaling_config=given).autoscaling_config == given
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"min_replicas": -1}, "min_replicas\n.*-1 is not allowed"),
+        ({"max_replicas": 0}, "max_replicas\n.*0 is not allowed"),
+        ({"min_replicas": 3, "max_replicas": 2}, "min_replicas=3 is more than max_rep"),
+        ({"min_replicas": 2}, "min_replicas=2 is more than max_replicas=1"),
+        ({"initial_replicas": 2}, "initial_replicas=2 is not between min_replicas=1"),
+        ({"initial_replicas": 0}, "initial_replicas=0 is not between min_replicas=1"),
+        ({"upscale_delay_s": -1}, "upscale_delay_s\n.*-1 is not a duration"),
+        ({"downscale_delay_s": "-1s"}, "downscale_delay_s\n.*'-1s' is not a duration"),
+        ({"target_ongoing_requests": 0}, "target_ongoing_requests\n.*0 is not allowed"),
+        ({"upscaling_factor": "a"}, "upscaling_factor\n.*'a' is not allowed"),
+        ({"metrics_interval_s": 0}, "metrics_interval_s\n.*0.* is not allowed"),
+        ({"look_back_period_s": 0.5}, "look_back_period_s=0.5 is less than metrics_"),
+        ({"max_replica": 2}, "'max_replica' is not an option: did you mean 'max_repl"),
+        ({"policy": "module"}, "'module' is not a policy: give 'module:function'"),
+        ({"policy": lambda context: 1}, "is not a policy: give 'module:function'"),
+    ],
+)
+def test_autoscaling_config_refuses(config: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValidationError, match=text):
+        options(autoscaling_config=config)
+
+
+def test_a_policy_of_a_module_goes_by_its_name() -> None:
+    assert AutoscalingConfig(policy=math.floor).policy == "math:floor"
+    assert AutoscalingConfig(policy="a.b:c.d").policy == "a.b:c.d"
+
+
+def test_either_fixed_or_autoscaled() -> None:
+    auto = {"max_replicas": 4}
+    with pytest.raises(ValidationError, match="num_replicas=2 and autoscaling_config"):
+        options(num_replicas=2, autoscaling_config=auto)
+    fixed = options(num_replicas=2)
+    with pytest.raises(ValidationError, match="num_replicas=3 and autoscaling_config"):
+        fixed.replace(num_replicas=3, autoscaling_config=auto)
+    # The one that is given last holds.
+    scaled = fixed.replace(autoscaling_config=auto)
+    assert scaled.autoscaling_config == auto
+    assert scaled.replace(version="2").autoscaling_config == auto
+    again = scaled.replace(num_replicas=5)
+    assert (again.num_replicas, again.autoscaling_config) == (5, None)
+    assert again.replace(version="2").num_replicas == 5
 
 
 @pytest.mark.parametrize(

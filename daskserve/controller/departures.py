@@ -181,7 +181,14 @@ class Departures:
         return [ws for ws in workers if ws.address not in needed]
 
     async def adaptive_target(self, **kwargs: Any) -> int:
-        """Return how many workers ``adapt()`` wants: one at least while we serve."""
+        """Return how many workers ``adapt()`` wants: one at least while we serve.
+
+        And more while replicas find no room; they are no tasks, so Dask does not count
+        them.
+        """
         target: int = self._target(**kwargs)
         instance = self._instance()
-        return max(target, 1) if instance is not None and instance.names() else target
+        if instance is None or not instance.names():
+            return target
+        missing = instance.missing_workers()
+        return max(target, 1, len(self._scheduler.workers) + missing if missing else 0)

@@ -18,6 +18,7 @@ from daskserve.controller.actions import (
     Settle,
     StopReplica,
 )
+from daskserve.controller.autoscaling import Scaling
 from daskserve.controller.history import History
 from daskserve.controller.records import (
     Death,
@@ -86,6 +87,8 @@ class ManagedDeployment:
     routing: dict[str, Any] | None = None
     #: Code and configurations are numbered together.
     last_generation: int = 1
+    #: What its number of replicas follows, if it is not fixed.
+    scaling: Scaling = field(default_factory=Scaling)
 
     # What is wanted
 
@@ -238,7 +241,7 @@ class ManagedDeployment:
             return DeploymentState.DEPLOY_FAILED
         if not self.target.reached:
             return DeploymentState.UPDATING
-        if self.ready(self.target) < self.target.spec.num_replicas:
+        if self.ready(self.target) < self.scaling.needed(self.target):
             return DeploymentState.UNHEALTHY
         return DeploymentState.HEALTHY
 
@@ -251,9 +254,11 @@ class ManagedDeployment:
         if goal.failure is not None:
             return goal.failure
         ready, wanted = self.ready(goal), goal.spec.num_replicas
+        scaling = self.scaling.describe(goal, ready, len(self.replicas))
         if ready >= wanted:
-            return ""
-        return f"{ready} of {wanted} replicas running: {self._first_wait(goal)}"
+            return scaling
+        waits = "; ".join(filter(None, [scaling, self._first_wait(goal)]))
+        return f"{ready} of {wanted} replicas running: {waits}"
 
     def _first_wait(self, goal: Goal) -> str:
         for replica in self.alive(goal):

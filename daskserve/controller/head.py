@@ -15,6 +15,7 @@ from distributed.comm.core import connect
 from daskserve import pickling
 from daskserve.config import HTTPOptions, Settings
 from daskserve.transport.dispatcher import Dispatcher
+from daskserve.transport.load_reports import Loads
 from daskserve.transport.loops import LoopThread
 
 
@@ -29,6 +30,8 @@ class HeadProxy:
         Told the number of each snapshot that took effect; on the scheduler's loop.
     on_queued
         Told how many requests wait here, by deployment; on the scheduler's loop.
+    on_load
+        The same of all requests, with the interval at which it is told.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class HeadProxy:
         scheduler: Scheduler,
         on_ack: Callable[[int], None],
         on_queued: Callable[[dict[str, int]], None],
+        on_load: Callable[[float, Loads], None],
     ) -> None:
         self._scheduler = scheduler
         self._on_ack = on_ack
@@ -53,6 +57,9 @@ class HeadProxy:
         loop = asyncio.get_running_loop()
         self._dispatcher.queues.send = lambda queued: loop.call_soon_threadsafe(
             on_queued, queued
+        )
+        self._dispatcher.loads.send = lambda interval_s, loads: (
+            loop.call_soon_threadsafe(on_load, interval_s, loads)
         )
         self._server: Any = None
 

@@ -32,6 +32,7 @@ from daskserve.controller.keeper import StateKeeper
 from daskserve.controller.launcher import Launcher, is_ours
 from daskserve.controller.leaving import LeaveBoard, needed_workers
 from daskserve.controller.placement import WorkerView
+from daskserve.controller.policies import Policies, load_policy
 from daskserve.controller.proxy_manager import HTTPConfig, ProxyManager
 from daskserve.controller.publisher import Publisher
 from daskserve.controller.records import Spec
@@ -89,6 +90,7 @@ class Instance:
         )
         self.apps = Apps(self)
         self._launcher = Launcher(scheduler, self._replica_failed)
+        self._policies = Policies()
         self._health = HealthBoard()
         self.publisher.silent = self._health.silent
         self._waiting: dict[int, asyncio.Future[Failure | None]] = {}
@@ -169,6 +171,9 @@ class Instance:
     async def deploy(self, spec: Spec, prev_version: str | None) -> Failure | None:
         """Want a deployment and wait until that is settled everywhere."""
         self._refuse_at_end()
+        policy = (spec.autoscaling or {}).get("policy")
+        if policy is not None:
+            await asyncio.to_thread(load_policy, policy)
         ticket = self._state.deploy(
             spec, prev_version=prev_version, now=time.monotonic()
         )
@@ -225,6 +230,10 @@ class Instance:
     def keeps_awake(self) -> bool:
         """Whether the scheduler's idle timeout does not count now."""
         return self.settings.keep_awake and bool(self._state.names())
+
+    def missing_workers(self) -> int:
+        """Return how many more workers replicas without room would fill."""
+        return self._state.missing_workers(time.monotonic(), self._views())
 
     def status(self) -> dict[str, Any]:
         """Return everything that users may want to know, as plain data."""
@@ -394,6 +403,7 @@ class Instance:
                 self._state.routing_known()
         lost = self._give_up_silent(now)
         views = self._views()
+        self._follow_load(now)
         actions = self._state.reconcile(now, views)
         self.publisher.publish(self._state.routing())
         for worker, replica_ids in lost.items():
@@ -425,6 +435,13 @@ class Instance:
         if self._keeper is not None:
             self._save()
             await self._keeper.saved()
+
+    def _follow_load(self, now: float) -> None:
+        queued, loads = self.publisher.queues.totals(), self.publisher.loads
+        for trouble in self._state.follow_load(
+            loads, queued, self._policies.ask, now=now
+        ):
+            logger.warning("%s", trouble)
 
     def _give_up_silent(self, now: float) -> dict[str, list[int]]:
         """Part with replicas whose workers say nothing; return them by worker."""

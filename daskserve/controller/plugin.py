@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -35,6 +36,7 @@ from daskserve.transport.messages import (
     STREAM_BYE,
     STREAM_HEALTH,
     STREAM_HELLO,
+    STREAM_LOAD,
     STREAM_QUEUED,
     STREAM_REPLICA,
 )
@@ -123,6 +125,7 @@ class ServeController(SchedulerPlugin):
         scheduler.stream_handlers[STREAM_ACK] = self._ack
         scheduler.stream_handlers[STREAM_BYE] = self._bye
         scheduler.stream_handlers[STREAM_QUEUED] = self._queued
+        scheduler.stream_handlers[STREAM_LOAD] = self._load
         scheduler.stream_handlers[STREAM_REPLICA] = self._replica_news
         scheduler.stream_handlers[STREAM_HEALTH] = self._health_report
         keep_awake(
@@ -230,6 +233,21 @@ class ServeController(SchedulerPlugin):
         if self._instance is not None and subscriber is not None:
             if self._instance.publisher.has(subscriber):
                 self._instance.publisher.queues.report(subscriber, queued)
+
+    @never_raises
+    def _load(
+        self,
+        interval_s: float,
+        loads: dict[str, Any],
+        worker: str | None = None,
+        client: str | None = None,
+    ) -> None:
+        subscriber = worker or client
+        if self._instance is not None and subscriber is not None:
+            publisher = self._instance.publisher
+            if publisher.has(subscriber):
+                now = time.monotonic()
+                publisher.loads.report(subscriber, interval_s, loads, now)
 
     @never_raises
     def _bye(self, client: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from daskserve.controller.head import HeadProxy
 from daskserve.controller.placement import Leaving, WorkerView
 from daskserve.controller.proxies import SCHEDULER, desired_proxies, reachable_url
 from daskserve.controller.publisher import LOCAL, Publisher
+from daskserve.transport.load_reports import Loads
 from daskserve.transport.messages import OP_BIND, OP_SHARE, OP_UNBIND, OP_UNLISTEN
 
 logger = logging.getLogger(__name__)
@@ -297,7 +299,11 @@ class ProxyManager:
             def queued(queued: dict[str, int]) -> None:
                 self._publisher.queues.report(LOCAL, queued)
 
-            self._head = HeadProxy(self._scheduler, acked, queued)
+            def load(interval_s: float, loads: Loads) -> None:
+                now = time.monotonic()
+                self._publisher.loads.report(LOCAL, interval_s, loads, now)
+
+            self._head = HeadProxy(self._scheduler, acked, queued, load)
             self._publisher.subscribe_local(self._head)
         routes = self._publisher.snapshot["routes"]
         return await self._head.bind(

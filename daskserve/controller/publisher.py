@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from distributed import Scheduler
 
+from daskserve.controller.load import LoadBoard
 from daskserve.controller.queues import QueueBoard
 from daskserve.transport.messages import STREAM_LOST, STREAM_QUEUED, STREAM_ROUTES
 from daskserve.transport.snapshots import difference
@@ -63,6 +64,8 @@ class Publisher:
         self.silent: Collection[Subscriber] = ()
         #: Who has how many requests waiting.
         self.queues = QueueBoard()
+        #: And how many requests wait or run, where it is asked for.
+        self.loads = LoadBoard()
 
     def publish(self, snapshot: dict[str, Any]) -> None:
         """Send what is new in a snapshot to all who subscribed, if anything is."""
@@ -89,6 +92,7 @@ class Publisher:
     def unsubscribe(self, subscriber: Subscriber) -> None:
         """Forget one that has gone."""
         self.queues.forget(subscriber)
+        self.loads.forget(subscriber)
         if self._acked.pop(subscriber, None) is not None:
             self._ack.set()
 

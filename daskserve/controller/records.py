@@ -55,6 +55,9 @@ class Spec:
         The app that it is a part of, or None.
     app_place
         Its place there: callees come before their callers, the ingress is last.
+    autoscaling
+        An `AutoscalingConfig` as a dict, if `num_replicas` follows the load: then that
+        is how many are wanted now.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Spec:
     options: bytes
     app: str | None = None
     app_place: int = 0
+    autoscaling: Mapping[str, Any] | None = None
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> Self:

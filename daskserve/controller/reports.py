@@ -37,7 +37,7 @@ def routing_of(deployments: Iterable[ManagedDeployment]) -> dict[str, Any]:
 def _routing_entry(d: ManagedDeployment) -> dict[str, Any]:
     spec = d.routed.spec
     replicas = sorted(d.routable(), key=lambda r: r.replica_id)
-    return {
+    entry = {
         "replicas": [[r.replica_id, r.tag, r.worker, r.direct] for r in replicas],
         "max_ongoing": spec.max_ongoing_requests,
         "max_queued": spec.max_queued_requests,
@@ -45,6 +45,9 @@ def _routing_entry(d: ManagedDeployment) -> dict[str, Any]:
         # Nothing comes any more: requests need not wait for a replica.
         "hopeless": not d.upkeep(),
     }
+    if spec.autoscaling is not None:
+        entry["load_interval_s"] = spec.autoscaling["metrics_interval_s"]
+    return entry
 
 
 def status_of(

@@ -181,7 +181,7 @@ def _stop_unwanted(d: ManagedDeployment, goals: list[Goal], now: float) -> None:
 
 
 def _trim(d: ManagedDeployment, goal: Goal, this: Pass) -> None:
-    """Stop what is too much: what does not run first, then the most crowded."""
+    """Stop what is too much: what does not run first, then the least loaded."""
     alive = d.alive(goal)
     surplus = len(alive) - goal.spec.num_replicas
     if surplus <= 0:
@@ -198,6 +198,7 @@ def _trim(d: ManagedDeployment, goal: Goal, this: Pass) -> None:
             (
                 order.index(replica.state),
                 replica.ready_for(goal),
+                d.scaling.loads.get(replica.replica_id, 0),
                 -seen[replica.worker],
                 own[replica.worker] - this.occupancy.load[replica.worker],
                 -replica.replica_id,

@@ -14,12 +14,15 @@ from typing import Any
 
 from daskserve.controller import events, health, reports
 from daskserve.controller.actions import Action, Settle
+from daskserve.controller.autoscaling import with_number
 from daskserve.controller.deployment_state import ManagedDeployment, Shared
 from daskserve.controller.goals import begin_delete, set_goal
+from daskserve.controller.load import LoadBoard
 from daskserve.controller.placement import WorkerView
 from daskserve.controller.records import Goal, Replica, Spec
 from daskserve.controller.rollout import Pass, advance, is_at_rest, observe
 from daskserve.controller.saved import SavedDeployment, revive, saved
+from daskserve.controller.scaler import Ask, missing_workers, scale
 
 
 def default_max_failures(num_replicas: int) -> int:
@@ -92,6 +95,7 @@ class ControllerState:
             If the version is another, or another deployment has the route prefix.
         """
         there = self._live.get(spec.name)
+        spec = with_number(spec, there.current.spec if there else None)
         self._check_version(spec.name, there, prev_version)
         self.check_prefix(spec)
         ticket = next(self._tickets)
@@ -457,6 +461,56 @@ class ControllerState:
 
     def _all(self) -> list[ManagedDeployment]:
         return [*self._draining, *self._live.values()]
+
+    def follow_load(
+        self,
+        loads: LoadBoard,
+        queued: Mapping[str, int],
+        ask: Ask,
+        *,
+        now: float,
+    ) -> list[str]:
+        """Want more or fewer replicas where the number follows the load.
+
+        Parameters
+        ----------
+        loads
+            Requests that wait or run, as reported.
+        queued
+            How many are known to wait, by deployment.
+        ask
+            Asks a deployment's policy.
+        now
+            Time in seconds.
+
+        Returns
+        -------
+        list of str
+            What has just gone wrong with policies.
+        """
+        troubles = [
+            scale(d, loads.get(d.name, now), queued.get(d.name, 0), ask, now)
+            for d in self._live.values()
+            if d.target.spec.autoscaling or d.current.spec.autoscaling
+        ]
+        return [trouble for trouble in troubles if trouble is not None]
+
+    def missing_workers(self, now: float, views: Mapping[str, WorkerView]) -> int:
+        """Count the workers that replicas without room would fill.
+
+        Parameters
+        ----------
+        now
+            Time in seconds.
+        views
+            The workers of the cluster by address.
+
+        Returns
+        -------
+        int
+            0 if all have room, or more workers would not help.
+        """
+        return missing_workers(self._live.values(), views, now)
 
     # Outcome
 

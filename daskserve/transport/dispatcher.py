@@ -30,6 +30,7 @@ from daskserve.transport.channel import (
     LocalChannel,
 )
 from daskserve.transport.direct import DirectAddress, DirectChannel
+from daskserve.transport.load_reports import LoadReports
 from daskserve.transport.messages import CANCEL, DECLINE, REFUSED, Message
 from daskserve.transport.queue_reports import QueueReports
 from daskserve.transport.router import Router, Slot
@@ -56,12 +57,14 @@ _numbers = itertools.count()
 class Group:
     """One deployment as this process sees it."""
 
-    __slots__ = ("connecting_until", "hopeless", "info", "max_queued", "name", "router",
-                 "timeout_s", "timer", "waiting", "wanted")  # fmt: skip
+    __slots__ = ("begun", "connecting_until", "hopeless", "info", "max_queued", "name",
+                 "router", "timeout_s", "timer", "waiting", "wanted")  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.router = Router()
+        #: How many requests were given to a replica, up to now.
+        self.begun = 0
         #: Whether connections are made; there may be no request from here ever.
         self.wanted = False
         #: Until when the first ones may be on their way.
@@ -144,6 +147,7 @@ class Dispatcher:
         #: Called with every new snapshot, after it took effect.
         self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
         self.queues = QueueReports(loop, self._count_waiting)
+        self.loads = LoadReports(loop, self._count_load)
         self._connect = connect
         self._local_address = local_address
         self._local = LocalChannel(loop, inboxes) if inboxes is not None else None
@@ -202,6 +206,7 @@ class Dispatcher:
             if info is not group.info:
                 self._update_group(group, info)
         self._drop_idle_channels()
+        self.loads.follow(deployments)
         for listener in self.listeners:
             listener(snapshot)
         self._first_snapshot.set()
@@ -307,6 +312,7 @@ class Dispatcher:
     async def close(self) -> None:
         """Close all channels; what is open fails."""
         self._closed = True
+        self.loads.close()
         stopped = DeploymentUnavailableError("daskserve is stopping here.")
         for group in self.groups.values():
             self._fail_waiting(group, stopped)
@@ -345,6 +351,7 @@ class Dispatcher:
         slot = _choose(group, call, self.loop.time())
         if slot is not None:
             slot.in_flight += 1
+            group.begun += 1
         return slot
 
     async def acquire(self, call: Call, group: Group) -> Slot:
@@ -418,6 +425,14 @@ class Dispatcher:
 
     def _count_waiting(self) -> dict[str, int]:
         return {n: len(g.waiting) for n, g in self.groups.items() if g.waiting}
+
+    def _count_load(self, name: str) -> tuple[int, dict[int, int], int]:
+        group = self.groups.get(name)
+        if group is None:
+            return 0, {}, 0
+        slots = group.router.slots.values()
+        running = {slot.replica_id: slot.in_flight for slot in slots if slot.in_flight}
+        return len(group.waiting), running, group.begun
 
     def _connected(self, slot: Slot) -> bool:
         """Whether there is a connection to a replica; begins one if there is none."""
@@ -551,6 +566,7 @@ class Dispatcher:
                 self._look_again(group, now)
                 return
             slot.in_flight += 1
+            group.begun += 1
             group.waiting.popleft()
             waiter.set_result(slot)
 
@@ -583,6 +599,7 @@ class Dispatcher:
         if call is not None and call.waiter is not None:
             group.waiting.remove(call)
             slot.in_flight += 1
+            group.begun += 1
             call.waiter.set_result(slot)
         else:
             self.channel(slot).send((DECLINE, 0, replica_id))
