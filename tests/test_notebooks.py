@@ -76,4 +76,9 @@ def test_notebook_is_committed_with_its_outputs(path: Path) -> None:
 
 
 def test_there_are_notebooks() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["digits", "models", "quickstart"]
+    assert [path.stem for path in NOTEBOOKS] == [
+        "composition",
+        "digits",
+        "models",
+        "quickstart",
+    ]
