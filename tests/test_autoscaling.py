@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
+import threading
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -477,8 +477,11 @@ def moody(context: AutoscalingContext) -> int | None:
     return None if context.requests == 2 else 3
 
 
+unstick = threading.Event()
+
+
 def stuck(context: AutoscalingContext) -> int:
-    time.sleep(30)
+    unstick.wait(30)
     return 2
 
 
@@ -509,8 +512,11 @@ def test_policies_are_asked_by_name() -> None:
 def test_a_policy_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("daskserve.controller.policies.PATIENCE_S", 0.05)
     policies = Policies()
-    answer = _ask(policies, context(50, 1, policy=stuck))
-    assert "has not answered for more than" in str(answer)
+    try:
+        answer = _ask(policies, context(50, 1, policy=stuck))
+        assert "has not answered for more than" in str(answer)
+    finally:
+        unstick.set()
 
 
 @pytest.mark.parametrize(
