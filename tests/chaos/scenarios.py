@@ -362,10 +362,11 @@ def storm(options: Options) -> Iterator[Report]:
         with loaded(fleet, report, options, may_fail=True, vanishing=0.02):
             began = time.monotonic()
             while time.monotonic() < began + options.lasts(600):
+                # Not after a step: to one just killed Dask would connect for long.
+                memory.look(fleet)
                 step = time.monotonic()
                 what = storm.step()
                 print(f"{step - began:7.2f} s: {what}", file=sys.stderr)
-                memory.look(fleet)
                 sleep_until(step + options.pause)
         report.note(", ".join(f"{kind} {n}" for kind, n in storm.done.items()))
         invariants.check(fleet, cluster, report)
