@@ -222,6 +222,23 @@ def test_deleted_while_it_is_deployed() -> None:
     play(scene)
 
 
+def test_all_are_deleted_each_in_its_order() -> None:
+    async def scene(deployer: Deployer, apps: Apps) -> None:
+        await apps.run("a", stages(["m"], ["in"]))
+        other = stages(["m2"], ["in2"], app="b")
+        other[1] = [(replace(other[1][0][0], route_prefix="/b"), None)]
+        assert await apps.run("b", other) is None
+        deployer.there["alone"] = replace(SPEC, name="alone", route_prefix="/alone")
+        deployer.log.clear()
+        await apps.delete_all()
+        assert deployer.there.keys() == {"alone"}
+        log = deployer.log
+        assert log.index("deleted in") < log.index("deleted m")
+        assert log.index("deleted in2") < log.index("deleted m2")
+
+    play(scene)
+
+
 def test_a_deployment_of_an_app_that_is_deployed_alone_stays_in_it() -> None:
     async def scene(deployer: Deployer, apps: Apps) -> None:
         await apps.run("a", stages(["m"], ["in"]))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import daskserve as serve
+from daskserve.exceptions import ReplicaDiedError, RequestTimeoutError
 from daskserve.transport.items import Items
 from daskserve.transport.messages import ITEM_OVERHEAD_BYTES
 from tests.utils import leftover_threads, poll
@@ -43,6 +44,18 @@ class Source:
         try:
             yield "first"
             await asyncio.sleep(60)
+        finally:
+            seen.append("closed")
+
+    async def wait_a_little(self) -> AsyncIterator[int]:
+        yield 1
+        await asyncio.sleep(0.3)
+        yield 2
+
+    async def never(self) -> AsyncIterator[int]:
+        try:
+            await asyncio.sleep(60)
+            yield 1
         finally:
             seen.append("closed")
 
@@ -202,6 +215,33 @@ def test_user_code_knows_where_it_is(source: serve.DeploymentHandle) -> None:
     deployment, thread = source.context.remote()
     assert deployment == "Source"
     assert thread.startswith("daskserve-sync-Source")
+
+
+def test_a_replica_that_stops_says_so_after_the_items() -> None:
+    stopping = Source.options(graceful_shutdown_timeout_s=0.1)
+    handle = serve.run(stopping.bind(), name="other", local=True)
+    stream = handle.options(stream=True).wait.remote()
+    poll(lambda: stream._items.waiting)
+    serve.delete("other")
+    assert next(stream) == "first"
+    with pytest.raises(ReplicaDiedError, match="was stopped with the request in it"):
+        next(stream)
+    wait_until_closed()
+
+
+def test_the_first_item_has_a_time_limit() -> None:
+    slow = Source.options(request_timeout_s=0.1)
+    handle = serve.run(slow.bind(), name="other", local=True).options(stream=True)
+    try:
+        with pytest.raises(RequestTimeoutError, match=r"did not begin .* within 0.1 s"):
+            next(handle.never.remote())
+        wait_until_closed()
+        seen.clear()
+        stream = handle.wait_a_little.remote()
+        assert next(stream) == 1
+        assert next(stream) == 2  # later ones have none
+    finally:
+        serve.delete("other")
 
 
 def test_items_are_counted_in_portions() -> None:

@@ -138,6 +138,12 @@ class Apps:
         self._runs.pop(app, None)
         return await self._delete(names)
 
+    async def delete_all(self) -> None:
+        """Delete all apps, each with its callers before their callees."""
+        specs = map(self._deployer.spec, self._deployer.names())
+        apps = {spec.app for spec in specs if spec.app is not None}
+        await asyncio.gather(*map(self.delete, apps))
+
     # Parts.
 
     def _parts(self, app: str) -> list[Spec]:

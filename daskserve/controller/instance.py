@@ -146,6 +146,7 @@ class Instance:
         """Delete all deployments, stop the proxies, end."""
         if not self.closed:
             self._ending = True
+            await self.apps.delete_all()
             await self._settled(self._state.shutdown())
             await self.close()
             await self._saved()
