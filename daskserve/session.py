@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import ssl
 import threading
+import time
 import weakref
 from collections.abc import Callable, Coroutine, Hashable, Mapping
 from typing import Any, TypeVar, cast
@@ -28,6 +30,7 @@ from daskserve.transport.calls import CallSender
 from daskserve.transport.dispatcher import Dispatcher
 from daskserve.transport.loops import LoopThread
 from daskserve.transport.messages import (
+    OP_RELAY,
     STREAM_ACK,
     STREAM_BYE,
     STREAM_LOAD,
@@ -35,8 +38,14 @@ from daskserve.transport.messages import (
     STREAM_QUEUED,
     STREAM_ROUTES,
 )
+from daskserve.transport.relayed import RelayedComm
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+#: How long after a worker could not be reached a new connection to it goes by way of
+#: the scheduler at once.
+DIRECT_AGAIN_S = 60.0
 
 _BUILTIN_ERRORS: dict[str, type[Exception]] = {
     error.__name__: error for error in (KeyError, RuntimeError, TypeError, ValueError)
@@ -143,6 +152,8 @@ class ClientSession(Session):
         self._thread: LoopThread | None = None
         self._dispatcher: Dispatcher | None = None
         self._lock = threading.Lock()
+        #: Workers that could not be reached from here, and until when that counts.
+        self._relayed: dict[str, float] = {}
         #: The connection on which snapshots come; None if none do.
         self._subscribed_on: Any = None
 
@@ -183,6 +194,19 @@ class ClientSession(Session):
             with contextlib.suppress(RuntimeError, TimeoutError):
                 thread.submit(dispatcher.close()).result(5)
             thread.stop()
+
+    async def connect(self, address: str) -> Any:
+        """Open a comm to a worker, by way of the scheduler if need be; on any loop."""
+        now = time.monotonic()
+        if self._relayed.get(address, now) <= now:
+            try:
+                return await super().connect(address)
+            except (OSError, TimeoutError) as err:
+                logger.info("%s is tried by way of the scheduler: %s", address, err)
+        comm = await super().connect(self.address)
+        await comm.write({"op": OP_RELAY, "to": address, "reply": False})
+        self._relayed[address] = now + DIRECT_AGAIN_S
+        return RelayedComm(comm, address)
 
     async def _call_scheduler(self, op: str, message: dict[str, Any]) -> Any:
         return await getattr(self.client.scheduler, op)(**message)

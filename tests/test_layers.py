@@ -84,6 +84,7 @@ IMPURE = [
         "plugin",
         "proxy_manager",
         "publisher",
+        "relay",
     )
 ]
 

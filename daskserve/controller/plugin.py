@@ -18,6 +18,7 @@ from distributed.core import Status
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import WorkerState
 
+from daskserve.config import Settings
 from daskserve.controller.actions import Failure
 from daskserve.controller.awake import keep_awake
 from daskserve.controller.departures import Departures
@@ -26,12 +27,14 @@ from daskserve.controller.instance import Instance
 from daskserve.controller.keeper import StateKeeper
 from daskserve.controller.proxy_manager import HTTPConfig
 from daskserve.controller.records import Spec
+from daskserve.controller.relay import relay
 from daskserve.exceptions import (
     ProxyStartError,
     ServeError,
     ServeNotRunningError,
 )
 from daskserve.transport.messages import (
+    OP_RELAY,
     STREAM_ACK,
     STREAM_BYE,
     STREAM_HEALTH,
@@ -121,6 +124,7 @@ class ServeController(SchedulerPlugin):
             self.serve_shutdown,
         ):
             scheduler.handlers[op.__name__] = op
+        scheduler.handlers[OP_RELAY] = self._relay
         scheduler.stream_handlers[STREAM_HELLO] = self._hello
         scheduler.stream_handlers[STREAM_ACK] = self._ack
         scheduler.stream_handlers[STREAM_BYE] = self._bye
@@ -401,6 +405,11 @@ class ServeController(SchedulerPlugin):
             if self._instance is not None:
                 await self._instance.shutdown()
                 await self._end()
+
+    async def _relay(self, comm: Any, to: str) -> Any:
+        assert self._scheduler is not None
+        await relay(self._scheduler, comm, to, Settings.load().connect_timeout_s)
+        return Status.dont_reply
 
     # Parts.
 

@@ -141,6 +141,7 @@ MAX_CHUNK_BYTES: Final = 256 * 1024
 
 # Ops on Dask's comms. RPC ops have underscores, stream ops hyphens.
 OP_CHANNEL: Final = "serve_channel"  # caller -> worker: this comm is a channel now
+OP_RELAY: Final = "serve_relay"  # client -> scheduler: this comm goes on to a worker
 OP_BIND: Final = "serve_bind"  # scheduler -> worker: start an HTTP server
 OP_UNBIND: Final = "serve_unbind"  # scheduler -> worker: stop it
 OP_SHARE: Final = "serve_share"  # scheduler -> worker: share the port, or no more
