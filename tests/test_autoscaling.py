@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
+import httpx
 import pytest
+from distributed import Client, LocalCluster
 
+import daskserve as serve
 from daskserve.config import AutoscalingConfig
 from daskserve.controller.actions import Settle, StartReplica, StopReplica
 from daskserve.controller.autoscaling import (
@@ -21,11 +24,10 @@ from daskserve.controller.autoscaling import (
 from daskserve.controller.load import Load, LoadBoard
 from daskserve.controller.policies import Policies, load_policy
 from daskserve.transport.load_reports import LEAST, LOOKS, LoadReports
-from tests.test_queues import notes
+from tests.benchmarks.autoscaling import Sleeper, config, run_steps
+from tests.test_http import Site, open_site
 from tests.test_state import Rig, failure, started, stopped
 from tests.utils import poll
-
-__all__ = ["notes"]  # fixture
 
 AUTO: dict[str, Any] = {
     "min_replicas": 1,
@@ -264,7 +266,7 @@ def test_noise_does_not_make_it_flap(mean: float) -> None:
     sim = Sim()
     sim.begin(upscale_delay_s=3, downscale_delay_s=10)
     sim.run(60, lambda _: mean)
-    numbers = sim.run(2000, lambda _: max(0.0, chance.gauss(mean, mean * 0.1)))
+    numbers = sim.run(1000, lambda _: max(0.0, chance.gauss(mean, mean * 0.1)))
     changes = sum(a != b for a, b in pairwise(numbers))
     assert changes <= 2
     assert -(-mean // 11) <= numbers[-1] <= -(-mean // 9)
@@ -275,13 +277,13 @@ def test_a_recorded_day() -> None:
     chance = random.Random(2)
     clients = 5.0
     loads = []
-    for second in range(3600):
+    for second in range(1800):
         clients = max(0.0, clients + chance.gauss(0, 0.5))
-        clients = min(clients, 90) + (20 if second in (1000, 2000) else 0)
+        clients = min(clients, 90) + (20 if second in (500, 1200) else 0)
         loads.append(clients + abs(chance.gauss(0, 1)))
     sim = Sim()
     sim.begin(downscale_delay_s=60)
-    numbers = sim.run(3600, lambda second: loads[int(second)])
+    numbers = sim.run(1800, lambda second: loads[int(second)])
     pairs = zip(loads, numbers, strict=True)
     late = sum(load / 10 > number * 1.1 + 1 for load, number in pairs)
     assert late < 60  # seconds after the two jumps
@@ -578,3 +580,91 @@ def test_missing_workers_of_an_empty_cluster() -> None:
     rig.deploy()
     rig.reconcile()
     assert rig.state.missing_workers(rig.now, rig.views) == 1
+
+
+# For real
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    with open_site() as site:
+        yield site
+
+
+def test_load_steps(site: Site) -> None:
+    """1 -> 50 -> 1 -> 0 -> 1 clients, by HTTP and handles: nothing fails or flaps."""
+    deployment = site.deploy(Sleeper, autoscaling_config=config(2.4, most=8))
+    url = site.at(deployment)
+    steps = asyncio.run(run_steps(deployment, url, 2.4))
+    for step in steps:
+        print(step)
+        assert step.failures == []
+        assert step.turns <= 1
+        assert set(step.states) == {"HEALTHY"}
+    one, most, *rest = [step.last for step in steps]
+    assert (one, rest) == (1, [1, 0, 1])
+    # Clients on a busy machine do not always have a request on its way.
+    assert most in (4, 5)
+    assert len(steps[1].replicas) == most
+    assert steps[4].slowest_s < 2  # it waited for its replica
+
+
+def test_requests_wait_for_the_first_replica(site: Site) -> None:
+    auto = {"min_replicas": 0, "initial_replicas": 0}
+    deployment = site.deploy(Sleeper, autoscaling_config=auto)
+    status = serve.status().deployments[deployment.name]
+    assert (status.state, status.replicas) == ("HEALTHY", [])
+    assert status.reason == "no replica until a request comes"
+    handle = deployment.get_handle()
+    calls = [handle.remote(None) for _ in range(5)]
+    response = httpx.get(site.at(deployment), timeout=20)
+    assert {call.result(timeout_s=20) for call in calls} == {response.text}
+    assert serve.status().deployments[deployment.name].running_replicas == 1
+
+
+def test_policy_of_a_module(site: Site) -> None:
+    """The scheduler imports it; what cannot be imported there fails in deploy()."""
+    made = {"max_replicas": 4, "upscale_delay_s": 0, "metrics_interval_s": 0.05}
+    policy = {**made, "policy": twice}
+    deployment = site.deploy(Sleeper, autoscaling_config=policy)
+    poll(lambda: serve.status().deployments[deployment.name].running_replicas == 2)
+    other = deployment.options(autoscaling_config={**made, "policy": "nowhere:f"})
+    with pytest.raises(ValueError, match="policy 'nowhere:f' cannot be imported on"):
+        other.deploy()
+    bad = {**made, "policy": f"{__name__}:moody"}
+    deployment.options(autoscaling_config=bad).deploy()
+    poll(lambda: serve.status().deployments[deployment.name].running_replicas == 3)
+
+
+def test_adapt_adds_a_worker_for_a_replica_without_room() -> None:
+    with (
+        LocalCluster(
+            n_workers=1,
+            threads_per_worker=1,
+            resources={"slot": 1},
+            host="127.0.0.1",
+            dashboard_address=None,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        with serve.start(client, http_options={"port": 0}):
+            cluster.adapt(minimum=1, maximum=2, interval="200ms")
+            auto = {
+                "max_replicas": 2,
+                "target_ongoing_requests": 1,
+                "upscale_delay_s": 0,
+                "metrics_interval_s": 0.1,
+                "look_back_period_s": 0.1,
+            }
+            deployment = serve.deployment(
+                resources={"slot": 1}, autoscaling_config=auto
+            )(Sleeper)
+            deployment.deploy()
+            handle = deployment.get_handle()
+
+            def two_answer() -> bool:
+                calls = [handle.remote(None) for _ in range(20)]
+                return len({call.result(timeout_s=20) for call in calls}) == 2
+
+            poll(two_answer, 25)
+            assert len(client.scheduler_info(n_workers=-1)["workers"]) == 2
