@@ -12,7 +12,7 @@ from typing import Any
 from distributed import Future, get_client
 from distributed.actor import BaseActorFuture
 
-from daskserve import arguments
+from daskserve import arguments, pickling
 from daskserve.config import duration
 from daskserve.exceptions import RequestTimeoutError
 from daskserve.replica.context import ReplicaContext, current_replica
@@ -248,6 +248,12 @@ class DeploymentHandle:
         """
         session = self._session or current_session()
         context = current_replica.get()
+        plain = pickling.dumps_plain((args, kwargs))
+        if plain is not None:  # as mostly: nothing to wait for, nothing to look for
+            request = self._request(session, context)
+            request.arguments = plain
+            session.calls.send(request)
+            return _response(request, session, context, None)
         unread = values.unread_requests(args, kwargs)
         if unread and context is not None:
             loop = context._replica.loop

@@ -195,8 +195,9 @@ def dumps(
     >>> loads(dumps([1, 2], what="a list"))
     [1, 2]
     """
-    if is_plain(obj):
-        return pickle.dumps(obj, _PROTOCOL)
+    plain = dumps_plain(obj)
+    if plain is not None:
+        return plain
     with io.BytesIO() as file:
         maker = pickler(file)
         try:
@@ -206,6 +207,27 @@ def dumps(
             text = f"{what} cannot be pickled: {_describe(maker.last, root)}{err}"
             raise PicklingError(text) from err
         return file.getvalue()
+
+
+def dumps_plain(obj: object) -> bytes | None:
+    """Pickle an object that is plain; see `is_plain`.
+
+    Parameters
+    ----------
+    obj
+        Any object.
+
+    Returns
+    -------
+    bytes or None
+        For `loads`; None: it takes more than that.
+
+    Examples
+    --------
+    >>> loads(dumps_plain([1, 2])), dumps_plain(object())
+    ([1, 2], None)
+    """
+    return pickle.dumps(obj, _PROTOCOL) if is_plain(obj) else None
 
 
 def loads(data: bytes, *, shared: Sequence[object] = ()) -> Any:
