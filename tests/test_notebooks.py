@@ -81,4 +81,5 @@ def test_there_are_notebooks() -> None:
         "digits",
         "models",
         "quickstart",
+        "scaling",
     ]
