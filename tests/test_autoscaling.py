@@ -447,6 +447,15 @@ def test_an_update_in_progress_is_not_made_smaller() -> None:
     assert len(sim.starting) == 6 + 6
 
 
+def test_delays_begin_when_a_deployment_runs() -> None:
+    sim = Sim(start_s=100)
+    sim.deploy(**spec(min_replicas=0))
+    sim.look()
+    numbers = sim.run(130, lambda _: 0)
+    assert set(numbers[:118]) == {1}
+    assert numbers[-1] == 0
+
+
 def test_least_loaded_and_starting_ones_go_first() -> None:
     sim = Sim(workers=4)
     sim.begin(initial_replicas=4)

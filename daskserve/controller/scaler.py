@@ -82,10 +82,13 @@ def scale(
         news, scaling.trouble = text != scaling.trouble, text
         return text if news else None
     scaling.trouble = ""
+    if d.target.in_progress:
+        # Nothing is taken away meanwhile, and delays begin when it is done.
+        answer = max(answer, there)
     number = scaling.decide(now, there, answer, config)
     if number > there:
         _set(d, goals, number, f"scaling up, {_per_replica(average, config)}")
-    elif number < there and not d.target.in_progress:
+    elif number < there:
         if number:
             why = f"scaling down, {_per_replica(average, config)}"
         else:
