@@ -285,6 +285,13 @@ def test_client_restart() -> None:
             # It is nobody's fault, though replicas may have been on their way.
             assert "cannot submit" not in cluster.logs()
             assert site.client.run_on_scheduler(count_actors) == 3
+            # Who leaves after it waits as ever for others to take over.
+            with Storm(site.at(site.deploy(Short, num_replicas=2))) as storm:
+                storm.wait(20)
+                cluster.terminate(cluster.workers[0])
+                storm.wait(20)
+            assert storm.errors == []
+            assert set(storm.statuses) == {200}
 
 
 def test_worker_gone_for_good() -> None:

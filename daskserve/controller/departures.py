@@ -55,6 +55,8 @@ class Departures:
         self._retire = scheduler.retire_workers
         self._target = scheduler.adaptive_target
         self._restarted_at = float("-inf")
+        #: The workers that were there, and so are to close.
+        self._restarting: set[str] = set()
         scheduler.handlers["retire_workers"] = self.retire_workers
         scheduler.handlers["adaptive_target"] = self.adaptive_target
         scheduler.handlers[OP_LEAVE] = self.leave
@@ -135,8 +137,8 @@ class Departures:
             Whether it does not close by itself then, but is killed some time.
         """
         instance, now = self._instance(), time.monotonic()
-        recently = now - self._restarted_at < RESTART_S
-        if instance is None or worker not in self._scheduler.workers or recently:
+        restarts = worker in self._restarting and now < self._restarted_at + RESTART_S
+        if instance is None or worker not in self._scheduler.workers or restarts:
             return {"status": "OK"}
         why = Leaving(reason=reason, since=now, deadline=now + timeout_s)
         await self._leave(instance, [worker], why, for_good=stays)
@@ -171,6 +173,7 @@ class Departures:
     def restarted(self) -> None:
         """Note that all workers are restarted: nothing can move anywhere."""
         self._restarted_at = time.monotonic()
+        self._restarting = set(self._scheduler.workers)
 
     def spare(self, workers: list[WorkerState]) -> list[WorkerState]:
         """Choose the workers that ``adapt()`` may close; Dask asks."""
