@@ -419,6 +419,7 @@ def test_a_client_that_never_reads_ends(
         client.run(_ping_often)
     site = start()
     deployment = site.deploy(CountingApp, where=where)
+    deployment.get_handle().count.remote().result(timeout_s=5)  # its connections stay
     idle = idle_inside(site)
     for path in ("/send", "/receive"):
         with handshake(site, site.at(deployment, path)):
