@@ -15,7 +15,7 @@ from typing import Any
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from daskserve.proxy.forwarded import ForwardedHeaders
+from daskserve.proxy.forwarded import FORWARDED_NAMES, ForwardedHeaders
 from daskserve.proxy.forwarder import Forwarder, Forwarding
 from daskserve.proxy.front import Front, access_logger, log_access
 from daskserve.proxy.request import FULL_KEY, SCOPE_KEY, RequestInfo
@@ -57,8 +57,9 @@ class Express:
         self, connection: Any, scope: Any, body: bytes, keep_alive: bool
     ) -> ExpressRequest | None:
         """Forward a request that has come whole; None if `front` is to run for it."""
-        self._forwarded.apply(scope)
         info = scope[SCOPE_KEY] = RequestInfo(scope)
+        if not FORWARDED_NAMES.isdisjoint(info.headers):
+            self._forwarded.apply(scope)
         if (
             FULL_KEY in scope
             or not self._authorized(scope, info)

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 #: Where in the scope the path is that a trusted proxy has stripped, if it says so.
 FORWARDED_PREFIX = "daskserve.forwarded_prefix"
 
-_NAMES = {b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-prefix"}
+FORWARDED_NAMES = {b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-prefix"}
 _PROTOCOLS = {b"http": "", b"ws": "", b"https": "s", b"wss": "s"}
 #: What would change the meaning of a URL that is made with it is left out.
 _PREFIX = re.compile(r"(/[^/\s?#%\\\x00-\x1f\x7f\ufffd]+)+")
@@ -51,9 +51,9 @@ class ForwardedHeaders:
     def apply(self, scope: Scope) -> None:
         """Apply what the headers say to `scope`; once."""
         headers: list[tuple[bytes, bytes]] = scope["headers"]
-        if not any(name in _NAMES for name, _ in headers):
+        if not any(name in FORWARDED_NAMES for name, _ in headers):
             return
-        said = [line for line in headers if line[0] in _NAMES]
+        said = [line for line in headers if line[0] in FORWARDED_NAMES]
         # The connection's own address counts, not one that a header tells.
         peer = scope["client"]
         if self._unix or (peer is not None and self._trusts(peer[0])):

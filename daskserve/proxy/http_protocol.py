@@ -98,11 +98,10 @@ class HttpProtocol(HttpToolsProtocol):
         self.scope = scope  # type: ignore[assignment]
         if parser.should_upgrade() and self._should_upgrade():
             return
-        url = httptools.parse_url(self.url)
-        path = url.path.decode("ascii")
+        raw_path, scope["query_string"] = _split(self.url)
+        path = raw_path.decode("ascii")
         scope["path"] = unquote(path) if "%" in path else path
-        scope["raw_path"] = url.path
-        scope["query_string"] = url.query or b""
+        scope["raw_path"] = raw_path
         self._keep_alive = version != "1.0" and parser.should_keep_alive()
         if self.cycle is None or self.cycle.response_complete:
             self._pending = True
@@ -192,6 +191,15 @@ class HttpProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
         super()._start_asgi_task(cycle, app)
+
+
+def _split(url: bytes) -> tuple[bytes, bytes]:
+    """Return path and query of a request's target, as `httptools.parse_url` does."""
+    if url.startswith(b"/") and b"#" not in url:  # all but what proxies are asked
+        path, _, query = url.partition(b"?")
+        return path, query
+    parsed = httptools.parse_url(url)
+    return parsed.path, parsed.query or b""
 
 
 class _WatchedFlow(FlowControl):

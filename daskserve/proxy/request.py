@@ -21,6 +21,7 @@ FULL_KEY = "daskserve.full"
 #: Where in the scope the connection is, for as long as it stands.
 CONNECTION_KEY = "daskserve.connection"
 
+_MODEL_HEADERS = frozenset(MODEL_HEADERS)
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 _HOST = re.compile(rb"[\w.:\[\]-]+")
 _id_prefix = os.urandom(8).hex()
@@ -56,10 +57,10 @@ class RequestInfo:
     @property
     def model_id(self) -> str:
         """The model that the request is for; "" if it names none."""
-        for name in MODEL_HEADERS:
-            if (value := self.headers.get(name)) is not None:
-                return value.decode("latin-1")
-        return ""
+        if _MODEL_HEADERS.isdisjoint(self.headers):
+            return ""
+        name = next(name for name in MODEL_HEADERS if name in self.headers)
+        return self.headers[name].decode("latin-1")
 
     def __init__(self, scope: Scope) -> None:
         #: The last one of each name.

@@ -32,6 +32,9 @@ _NOT_IN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 #: How many names of headers are kept that were looked at: apps use few.
 MAX_NAMES = 1000
 _good_names: dict[bytes, bytes] = {}
+#: Whole lines likewise, of headers that say the same in most responses.
+_REPEATED = frozenset({b"content-type", b"cache-control", b"vary", b"server"})
+_good_lines: dict[tuple[bytes, bytes], tuple[bytes, bytes]] = {}
 
 #: As uvicorn's, for the same events are sent.
 ASGI_VERSIONS = {"version": "3.0", "spec_version": "2.3"}
@@ -108,7 +111,8 @@ class HttpExchange:
         self.response_started = False
         self.response_complete = False
         self.disconnected = False
-        self._body: deque[bytes] = deque((message[4],))
+        #: What has come of the body; most requests come whole.
+        self._body: list[bytes] | deque[bytes] = [message[4]]
         self._more_body: bool = message[5]
         # What came along with the request was not charged to the window.
         self._charged = False
@@ -116,9 +120,10 @@ class HttpExchange:
         #: How much of the body that the head announced is still to come.
         self._left: int | None = None
         self._held: tuple[int, Headers, bytes] | None = None
-        self._window = min(window_bytes, self.head.window_bytes)
+        held = self.head.window_bytes
+        self._window = window = held if held < window_bytes else window_bytes
         #: Largest piece, so that many exchanges share a channel.
-        self._max_chunk = min(MAX_CHUNK_BYTES, self._window)
+        self._max_chunk = window if window < MAX_CHUNK_BYTES else MAX_CHUNK_BYTES
         self._on_the_way = 0
         self._dropped = 0
         self._changed: asyncio.Event | None = None
@@ -127,9 +132,7 @@ class HttpExchange:
 
     def scope(self, state: dict[str, Any] | None) -> Scope:
         """Return the ASGI connection scope, with a copy of the lifespan's `state`."""
-        scope = self.head.scope(state)
-        scope["type"] = "http"
-        scope["asgi"] = ASGI_VERSIONS
+        scope = self.head.scope("http", ASGI_VERSIONS, state)
         scope["method"] = self.head.method
         return scope
 
@@ -137,6 +140,8 @@ class HttpExchange:
 
     def body_arrived(self, data: bytes, more_body: bool) -> None:
         """Add a part of the request's body."""
+        if type(self._body) is list:
+            self._body = deque(self._body)
         self._body.append(data)
         self._more_body = more_body
         self._notify()
@@ -159,7 +164,8 @@ class HttpExchange:
             await self._change()
         if self.disconnected or self.response_complete:  # also if there is a body
             return {"type": "http.disconnect"}
-        data = self._body.popleft()
+        body = self._body
+        data = body.popleft() if isinstance(body, deque) else body.pop()
         more_body = self._more_body or bool(self._body)
         if data and self._charged:
             self.reply_to.send((GRANT, self.exchange_id, len(data)))
@@ -302,7 +308,15 @@ def read_start(event: Message, method: str) -> tuple[int, Headers, int | None]:
     headers = []
     length: bytes | None = None
     chunked: bool | None = None
-    for name, value in event.get("headers", ()):
+    for line in event.get("headers", ()):
+        try:
+            known = _good_lines.get(line)
+        except TypeError:  # it is a list
+            known = None
+        if known is not None:
+            headers.append(known)
+            continue
+        name, value = line
         if type(name) is not bytes or type(value) is not bytes:
             if not isinstance(name, bytes) or not isinstance(value, bytes):
                 raise RuntimeError(f"Header {name!r}: {value!r} is not of bytes.")
@@ -313,6 +327,9 @@ def read_start(event: Message, method: str) -> tuple[int, Headers, int | None]:
             length = value if length is None else length
         elif low == b"transfer-encoding" and chunked is None:
             chunked = value.lower() == b"chunked"
+        elif low in _REPEATED and type(line) is tuple and type(value) is bytes:
+            if len(_good_lines) < MAX_NAMES:
+                _good_lines[line] = low, value
         headers.append((low, value))
     if method == "HEAD" or status in (204, 304) or chunked or length is None:
         return status, headers, None  # no body follows, or one that says its length

@@ -14,6 +14,7 @@ import os
 import traceback
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
+from contextvars import Context
 from typing import Any, Protocol, TypeAlias
 
 from distributed.worker import _worker_cvar
@@ -112,6 +113,10 @@ class Runner:
         self._inbox: Mailbox[tuple[ReplyTo, list[Message]]] = Mailbox(
             self._thread.loop, self._deliver
         )
+        # What user code runs in: `distributed.get_client()` works as in Dask's tasks.
+        self._context = Context()
+        if session.worker is not None:
+            self._context.run(_worker_cvar.set, session.worker)
         self._starts = Starts(self._thread.loop)
         self._http: dict[Key, HttpExchange] = {}
         self._websockets: dict[Key, WebSocketExchange] = {}
@@ -202,10 +207,10 @@ class Runner:
 
     async def _initialize(self) -> None:
         self._report({"event": "initializing", "pid": os.getpid()})
-        self._enter(None)
+        self._enter_outside()
         try:
             await self._servable.construct()
-            self._enter(None)
+            self._enter_outside()
             await self._servable.startup()
             await self._first_check()
         except BaseException as err:
@@ -233,7 +238,7 @@ class Runner:
 
     async def _check_health(self, began: Callable[[], None]) -> None:
         began()
-        self._enter(None)
+        self._enter_outside()
         await self._servable.check_health()
 
     async def _listen(self) -> list[Any] | None:
@@ -252,7 +257,7 @@ class Runner:
     async def _reconfigure_and_report(
         self, user_config: bytes | None, generation: int
     ) -> None:
-        self._enter(None)
+        self._enter_outside()
         error = None
         try:
             async with self._reconfiguring:  # in order: the last one asked for wins
@@ -341,7 +346,9 @@ class Runner:
             exchange = HttpExchange(reply_to, message, self._window_bytes, self._starts)
             self._http[key] = exchange
             exchange.task = asyncio.Task(
-                self._serve_http(exchange, key), loop=self._thread.loop
+                self._serve_http(exchange, key),
+                loop=self._thread.loop,
+                context=self._context.copy(),
             )
         elif message[0] == CONNECT:
             websocket = WebSocketExchange(reply_to, message, self._window_bytes)
@@ -356,7 +363,9 @@ class Runner:
                 call = StreamCall(reply_to, message[1], window_bytes)
             self._calls[key] = call
             call.task = asyncio.Task(
-                self._serve_call(call, key, *message[3:]), loop=self._thread.loop
+                self._serve_call(call, key, *message[3:]),
+                loop=self._thread.loop,
+                context=self._context.copy(),
             )
 
     def _spawn(
@@ -367,7 +376,9 @@ class Runner:
             del running[key]
             self._finished()
 
-        task = asyncio.Task(serving, loop=self._thread.loop)
+        task = asyncio.Task(
+            serving, loop=self._thread.loop, context=self._context.copy()
+        )
         task.add_done_callback(ended)
         return task
 
@@ -578,7 +589,7 @@ class Runner:
     def _enter(
         self, request_id: str | None, head: Head | None = None, model_id: str = ""
     ) -> None:
-        """Tell the code of the running task where it is: here, and on which worker."""
+        """Tell the code of the running task where it is."""
         spec, servable = self.spec, self._servable.object
         current_replica.set(
             ReplicaContext(
@@ -592,7 +603,10 @@ class Runner:
                 model_id,
             )
         )
-        # Then `distributed.get_client()` works as it does in tasks and actors.
+
+    def _enter_outside(self) -> None:
+        """Likewise, for code that runs for no request, in whatever context."""
+        self._enter(None)
         if self.session.worker is not None:
             _worker_cvar.set(self.session.worker)
 

@@ -65,9 +65,7 @@ class WebSocketExchange:
 
     def scope(self, state: dict[str, Any] | None) -> Scope:
         """Return the ASGI connection scope, with a copy of the lifespan's `state`."""
-        scope = self.head.scope(state)
-        scope["type"] = "websocket"
-        scope["asgi"] = ASGI_VERSIONS
+        scope = self.head.scope("websocket", ASGI_VERSIONS, state)
         scope["subprotocols"] = list(self._subprotocols)
         scope["extensions"] = {"websocket.http.response": {}}
         return scope

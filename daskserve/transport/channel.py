@@ -128,14 +128,17 @@ class CommPipe:
 class Exchange:
     """A caller's end of one request or call: messages in, in order, or a failure."""
 
-    __slots__ = ("_failure", "_messages", "_waiter", "exchange_id", "on_grant",
+    __slots__ = ("_failure", "_later", "_waiter", "exchange_id", "first", "on_grant",
                  "on_news", "replica_id")  # fmt: skip
 
     def __init__(self, exchange_id: int) -> None:
         self.exchange_id = exchange_id
         #: Who has it; 0 before it is sent.
         self.replica_id = 0
-        self._messages: deque[Message] = deque()
+        #: What `next` would return at once; None if there is nothing, or a failure.
+        self.first: Message | None = None
+        # Most exchanges have one message: a queue is made for the second.
+        self._later: deque[Message] | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._failure: BaseException | None = None
         #: Told of the bytes of the request's body that the replica will take.
@@ -143,18 +146,18 @@ class Exchange:
         #: Called when there is something for `next`, by whoever does not wait in it.
         self.on_news: Callable[[], None] | None = None
 
-    @property
-    def first(self) -> Message | None:
-        """What `next` would return at once; None if there is nothing, or a failure."""
-        return self._messages[0] if self._messages else None
-
     def push(self, message: Message) -> None:
         """Add what the replica sent."""
         if message[0] == GRANT:
             if self.on_grant is not None:
                 self.on_grant(message[2])
             return
-        self._messages.append(message)
+        if self.first is None:
+            self.first = message
+        elif self._later is None:
+            self._later = deque((message,))
+        else:
+            self._later.append(message)
         self._notify()
 
     def fail(self, failure: BaseException) -> None:
@@ -165,7 +168,7 @@ class Exchange:
 
     async def next(self) -> Message:
         """Return the next message; raise what `fail` was given if there is none."""
-        while not self._messages:
+        while self.first is None:
             if self._failure is not None:
                 raise self._failure
             self._waiter = asyncio.get_running_loop().create_future()
@@ -173,7 +176,9 @@ class Exchange:
                 await self._waiter
             finally:
                 self._waiter = None
-        return self._messages.popleft()
+        message = self.first
+        self.first = self._later.popleft() if self._later else None
+        return message
 
     def _notify(self) -> None:
         if self.on_news is not None:

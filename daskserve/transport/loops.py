@@ -7,7 +7,6 @@ loop for each replica. What crosses between them goes through a `Mailbox`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
 from collections import deque
@@ -71,10 +70,11 @@ class Mailbox(Generic[T]):
     def take_all(self) -> list[T]:
         """Take what is queued away from `deliver`; any thread."""
         taken = []
-        with contextlib.suppress(IndexError):
+        try:
             while True:
                 taken.append(self._items.popleft())
-        return taken
+        except IndexError:
+            return taken
 
     def _drain(self) -> None:
         self._awake = False

@@ -103,18 +103,25 @@ class Head(NamedTuple):
     #: How much of the response the caller will hold.
     window_bytes: int
 
-    def scope(self, state: Mapping[str, Any] | None) -> dict[str, Any]:
+    def scope(
+        self, kind: str, versions: Mapping[str, str], state: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
         """Return what ASGI scopes of both kinds have; with a copy of `state`."""
+        # At once: field by field takes three times as long.
+        (_, path, raw_path, query_string, headers, http_version, scheme, client,
+         server, root_path, _, _, _) = self  # fmt: skip
         return {
-            "http_version": self.http_version,
-            "scheme": self.scheme,
-            "path": self.path,
-            "raw_path": self.raw_path,
-            "query_string": self.query_string,
-            "root_path": self.root_path,
-            "headers": list(self.headers),
-            "client": self.client,
-            "server": self.server,
+            "type": kind,
+            "asgi": versions,
+            "http_version": http_version,
+            "scheme": scheme,
+            "path": path,
+            "raw_path": raw_path,
+            "query_string": query_string,
+            "root_path": root_path,
+            "headers": list(headers),
+            "client": client,
+            "server": server,
             "state": {} if state is None else dict(state),
         }
 
