@@ -340,13 +340,14 @@ class LocalChannel(Channel):
         self._reply_to = _MailboxReply(self._replies)
 
     def send(self, message: Message) -> None:
-        """Hand a caller's message to its replica, at the end of the loop's turn.
+        """Hand a caller's message to its replica, at the end of the loop's next turn.
 
         A replica's thread that wakes while this one goes on parsing what others sent
         would only wait for the interpreter's lock, which costs more than the hand-over.
+        And what has come meanwhile, for which the loop looks once more, goes along.
         """
         if not self._unsent:
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self._loop.call_soon, self._flush)
         self._unsent.append(message)
 
     def _flush(self) -> None:
