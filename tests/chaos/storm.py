@@ -13,7 +13,7 @@ from daskserve.exceptions import DeploymentFailedError
 from tests.chaos import faults
 from tests.chaos.app import Broken
 from tests.chaos.cluster import NAME, Fleet
-from tests.utils import Process, ProcessCluster
+from tests.utils import Process, ProcessCluster, poll
 
 #: What may happen, and how often beside the others.
 WEIGHTS = {
@@ -122,9 +122,13 @@ class Storm:
         self._fleet.history.outages.append((began, time.monotonic()))
 
     def _choose(self) -> tuple[str, str]:
-        """Return a worker's address and name."""
-        names = {a: n for a, n in self._fleet.names().items() if n != VETERAN}
-        return self._random.choice(sorted(names.items()))
+        """Return a worker's address and name; nannies may be bringing all back."""
+
+        def others() -> list[tuple[str, str]]:
+            names = self._fleet.names().items()
+            return sorted((a, n) for a, n in names if n != VETERAN)
+
+        return self._random.choice(poll(others, 30))
 
     def _process(self, name: str) -> Process:
         return next(p for p in self._cluster.workers if p.name == name)
