@@ -12,13 +12,13 @@ import contextvars
 import functools
 import inspect
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, overload
 
 from daskserve.config import BatchOptions
-from daskserve.replica.context import current_replica
+from daskserve.replica.context import current_replica, leave_request
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
@@ -110,9 +110,7 @@ class _Batch:
     task: asyncio.Task[None] | None = None
 
 
-def when(
-    options: BatchOptions, size: int, waiting: Sequence[Item] | deque[Item]
-) -> float:
+def when(options: BatchOptions, size: int, waiting: deque[Item]) -> float:
     """Decide when the next batch begins, if it may.
 
     Parameters
@@ -157,7 +155,7 @@ class _Batcher:
         self._adaptive: AdaptiveSize | None = None
         # A batch runs for many requests, and so on behalf of none.
         self._context = contextvars.copy_context()
-        self._context.run(_leave_request)
+        self._context.run(leave_request)
 
     async def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer one call as a part of a batch."""
@@ -446,9 +444,3 @@ def _is_method_call(function: Any, args: tuple[Any, ...]) -> bool:
 def _replica_tag() -> str | None:
     context = current_replica.get()
     return None if context is None else context.replica_tag
-
-
-def _leave_request() -> None:
-    context = current_replica.get()
-    if context is not None:
-        current_replica.set(replace(context, request_id=None, _children=None))

@@ -28,7 +28,7 @@ from daskserve.exceptions import (
 )
 from daskserve.handle import DeploymentHandle
 from daskserve.replica.actor import ReplicaSpec
-from daskserve.replica.runner import Runner
+from daskserve.replica.runner import STOP_MARGIN_S, Runner
 from daskserve.session import Session
 from daskserve.transport.dispatcher import Dispatcher
 from daskserve.transport.loops import LoopThread
@@ -37,8 +37,6 @@ T = TypeVar("T")
 
 #: Stands for the address of this process's worker, which it has not.
 LOCAL = "local"
-#: Beyond the grace period, how long a replica may take before it is given up.
-STOP_MARGIN_S = 4.0
 
 _numbers = count(1)
 #: Classes, functions and apps that pickled arguments and code refer to by number.
@@ -200,6 +198,8 @@ class LocalApp:
                     user_config=parts.user_config,
                     config_generation=1,
                     max_ongoing_requests=options.max_ongoing_requests,
+                    health_check_period_s=options.health_check_period_s,
+                    health_check_timeout_s=options.health_check_timeout_s,
                 )
                 runner = Runner(
                     spec, report, self.session, self.session.settings.window_bytes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from distributed import Reschedule, get_worker
@@ -44,7 +45,7 @@ class Score:
             There is no replica now, or the one that had the partition is lost: this
             thread may be the one that a new replica needs in order to start.
         """
-        if not isinstance(partition, (list, tuple)) and _is_iterator(partition):
+        if isinstance(partition, Iterator):
             partition = list(partition)  # of a bag
         while True:
             response = self._handle.remote(partition, *args, **kwargs)
@@ -62,14 +63,10 @@ class Score:
             except RequestTimeoutError:
                 if response.done():
                     raise
-                if not self._has_replicas():
+                name = self._handle.deployment_name
+                if not current_session().dispatcher.has_replicas(name):
                     response.cancel()
                     raise self._reschedule() from None
-
-    def _has_replicas(self) -> bool:
-        groups = current_session().dispatcher.groups
-        group = groups.get(self._handle.deployment_name)
-        return group is not None and bool(group.router.slots)
 
     def _reschedule(self) -> Exception:
         with contextlib.suppress(ValueError):
@@ -131,7 +128,3 @@ def _dtype(score: Score, array: Any, args: tuple[Any, ...]) -> Any:
         raise TypeError("map() needs dtype= or meta= for an array of unknown chunks")
     shape[:1] = [min(1, size) for size in shape[:1]]
     return np.asarray(score(np.zeros(shape, array.dtype), *args)).dtype
-
-
-def _is_iterator(value: Any) -> bool:
-    return hasattr(value, "__next__")

@@ -13,11 +13,10 @@ import inspect
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import replace
 from typing import Any, TypeVar, overload
 
 from daskserve.config import MultiplexOptions
-from daskserve.replica.context import current_replica, get_multiplexed_model_id
+from daskserve.replica.context import get_multiplexed_model_id, leave_request
 from daskserve.replica.servable import MODELS
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
@@ -62,7 +61,7 @@ class Models:
         self._unloading: set[asyncio.Task[None]] = set()
         # A model is loaded for all requests, and so on behalf of none.
         self._context = contextvars.copy_context()
-        self._context.run(_leave_request)
+        self._context.run(leave_request)
 
     @property
     def ids(self) -> list[str]:
@@ -268,11 +267,3 @@ def _model_id(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> str:
             f"handle.options(multiplexed_model_id=...)"
         )
     return model_id
-
-
-def _leave_request() -> None:
-    context = current_replica.get()
-    if context is not None:
-        current_replica.set(
-            replace(context, request_id=None, _children=None, _head=None, _model_id="")
-        )

@@ -21,7 +21,7 @@ from daskserve.proxy.server import HTTPServer
 from daskserve.proxy.windows import Windows
 from daskserve.replica.actor import PLUGIN_NAME, ReplicaSpec
 from daskserve.replica.health import HealthMonitor
-from daskserve.replica.runner import Runner
+from daskserve.replica.runner import STOP_MARGIN_S, Runner
 from daskserve.session import WorkerSession, worker_sessions
 from daskserve.transport.channel import serve_channel
 from daskserve.transport.dispatcher import Dispatcher
@@ -45,9 +45,6 @@ from daskserve.transport.messages import (
 from daskserve.transport.streams import never_raises
 
 logger = logging.getLogger(__name__)
-
-#: Beyond the grace period, how long a replica may take before it is given up.
-STOP_MARGIN_S = 4.0
 
 
 class ServeWorkerPlugin(WorkerPlugin):

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -14,6 +15,8 @@ import pytest
 
 import daskserve as serve
 from daskserve.multiplex import Models
+from daskserve.replica.context import ReplicaContext, current_replica
+from daskserve.transport.messages import MODEL_HEADERS
 from daskserve.transport.router import Router, Slot
 from tests.test_http import Site, open_site
 from tests.utils import poll
@@ -196,6 +199,23 @@ def test_a_full_replica_sends_its_models_to_the_next_one() -> None:
     assert found[6] is None
     assert [found.count(n) for n in range(3)] == [2, 2, 2]
     assert found[0] == found[1] and found[2] == found[3]
+
+
+def test_a_batch_is_for_no_model() -> None:
+    @serve.batch(max_batch_size=2, batch_wait_timeout_s=5)
+    async def echo(items: list[int]) -> list[str]:
+        return [serve.get_multiplexed_model_id() for _ in items]
+
+    async def main() -> list[str]:
+        heads = [SimpleNamespace(headers=[(MODEL_HEADERS[0], b"a")]), None]
+        tasks = []
+        for head in heads:
+            current_replica.set(ReplicaContext("D", "D#1", _head=head, _model_id="b"))
+            tasks.append(asyncio.create_task(echo(1)))  # type: ignore[arg-type]
+        assert serve.get_multiplexed_model_id() == "b"
+        return await asyncio.gather(*tasks)
+
+    assert run(main()) == ["", ""]
 
 
 @pytest.fixture

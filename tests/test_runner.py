@@ -94,6 +94,8 @@ class Replica:
             "user_config": None,
             "config_generation": 1,
             "max_ongoing_requests": 100,
+            "health_check_period_s": 10.0,
+            "health_check_timeout_s": 30.0,
         }
         self.reports: list[dict[str, Any]] = []
         self.caller = Caller()
@@ -116,7 +118,7 @@ class Replica:
 
     def call(self, method: str = "__call__", *args: Any, **kwargs: Any) -> int:
         data, _ = values.dumps_arguments(args, kwargs, what="arguments")
-        return self.send(CALL, method, data, (), "id2")
+        return self.send(CALL, method, data, (), "id2", "", None)
 
     def send(self, op: int, *fields: Any) -> int:
         if op in (REQUEST, CALL):

@@ -76,24 +76,16 @@ class Departures:
         """Do as Dask, once our part of the workers is elsewhere."""
         instance, scheduler = self._instance(), self._scheduler
         details: dict[str, Any] = {"close_workers": close_workers, "remove": remove}
-        if stimulus_id is not None:
-            details["stimulus_id"] = stimulus_id
-        if instance is None or (workers is not None and names is not None):
-            if workers is not None:
-                details["workers"] = workers
-            if names is not None:
-                details["names"] = names
-            return await self._dask(**details, **kwargs)
-        if workers is None and names is None:
+        if instance is not None and workers is None and names is None:
             workers = scheduler.workers_to_close(**kwargs)
             kwargs = {}
+        given = {"workers": workers, "names": names, "stimulus_id": stimulus_id}
+        details |= {name: value for name, value in given.items() if value is not None}
+        if instance is None or (workers is not None and names is not None):
+            return await self._dask(**details, **kwargs)  # it says what is wrong
         known = {address: str(ws.name) for address, ws in scheduler.workers.items()}
         wanted = (names if workers is None else workers) or []
         leaving = addresses_of(wanted, known)
-        if workers is None:
-            details["names"] = names
-        else:
-            details["workers"] = workers
         now = time.monotonic()
         by_cluster = workers is not None and not set(map(str, wanted)) & set(known)
         gracefully = (stimulus_id or "").startswith(GRACEFULLY)

@@ -7,12 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from daskserve.controller.records import Spec
+from daskserve.controller.records import OPAQUE, Spec
 
 MAX_VERSIONS = 10
-
-#: The fields of a `Spec` that may be large; equal ones are kept once.
-_OPAQUE = ("code", "init", "user_config", "options")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +148,7 @@ class History:
 
     def _shared(self, spec: Spec) -> Spec:
         changes: dict[str, Any] = {}
-        for field in _OPAQUE:
+        for field in OPAQUE:
             value = getattr(spec, field)
             for version in self._versions:
                 if getattr(version.spec, field) == value:

@@ -443,6 +443,7 @@ class Instance:
             loads, queued, self._policies.ask, now=now
         ):
             logger.warning("%s", trouble)
+        self._policies.forget(set(self._state.names()))
 
     def _give_up_silent(self, now: float) -> dict[str, list[int]]:
         """Part with replicas whose workers say nothing; return them by worker."""

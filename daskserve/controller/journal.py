@@ -14,14 +14,13 @@ from typing import Any
 import msgpack
 
 from daskserve.controller.history import Version
-from daskserve.controller.records import Spec
+from daskserve.controller.records import OPAQUE, Spec
 from daskserve.controller.saved import SavedDeployment
 
 MAGIC = b"daskserve-state"
 FORMAT = 1
 
 _MAX_HEADER_BYTES = 200
-_OPAQUE = ("code", "init", "user_config", "options")
 
 
 class UnreadableStateError(ValueError):
@@ -134,7 +133,7 @@ class _Writer:
         number = self._spec_numbers.setdefault(id(spec), len(self.specs))
         if number == len(self.specs):
             plain = spec.to_message()
-            for field in _OPAQUE:
+            for field in OPAQUE:
                 plain[field] = self._blob(plain[field])
             self.specs.append(plain)
         return number
@@ -155,7 +154,7 @@ def _read(body: Mapping[str, Any], epoch: float) -> Journal | None:
     blobs = body["blobs"]
     specs: list[Spec] = []
     for plain in body["specs"]:
-        opaque = {f: None if plain[f] is None else blobs[plain[f]] for f in _OPAQUE}
+        opaque = {f: None if plain[f] is None else blobs[plain[f]] for f in OPAQUE}
         specs.append(Spec.from_message({**plain, **opaque}))
 
     def spec(number: int | None) -> Spec | None:

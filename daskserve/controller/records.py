@@ -165,6 +165,10 @@ class Spec:
         return replace(self, code=code, options=other.options) == other
 
 
+#: The fields of a `Spec` that may be large; equal ones are kept and written once.
+OPAQUE = ("code", "init", "user_config", "options")
+
+
 class ReplicaState(StrEnum):
     """Where a replica is in its life."""
 

@@ -34,6 +34,7 @@ from daskserve.transport.messages import (
     RESPONSE,
     START,
     STOPPED,
+    model_id_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ class Forwarder:
         info.prefix, info.deployment = match
         window = self._windows.take()
         head = (*_head(scope, root_path, path, info), self._options.debug, window)
-        call = Call(self._dispatcher, info.deployment, info.model_id)
+        call = Call(self._dispatcher, info.deployment, model_id_of(info.headers))
         timeout_s = self._timeout_s(info)
         deadline = None
         if timeout_s is not None:

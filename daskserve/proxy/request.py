@@ -10,8 +10,6 @@ from typing import Any
 
 from starlette.types import Scope, Send
 
-from daskserve.transport.messages import MODEL_HEADERS
-
 TEXT = b"text/plain; charset=utf-8"
 
 #: Where in the scope a proxy keeps the request's `RequestInfo`.
@@ -21,7 +19,6 @@ FULL_KEY = "daskserve.full"
 #: Where in the scope the connection is, for as long as it stands.
 CONNECTION_KEY = "daskserve.connection"
 
-_MODEL_HEADERS = frozenset(MODEL_HEADERS)
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 _HOST = re.compile(rb"[\w.:\[\]-]+")
 _id_prefix = os.urandom(8).hex()
@@ -53,14 +50,6 @@ class RequestInfo:
         "started",
         "status",
     )
-
-    @property
-    def model_id(self) -> str:
-        """The model that the request is for; "" if it names none."""
-        if _MODEL_HEADERS.isdisjoint(self.headers):
-            return ""
-        name = next(name for name in MODEL_HEADERS if name in self.headers)
-        return self.headers[name].decode("latin-1")
 
     def __init__(self, scope: Scope) -> None:
         #: The last one of each name.

@@ -31,8 +31,8 @@ class ReplicaSpec:
     user_config: bytes | None
     config_generation: int
     max_ongoing_requests: int
-    health_check_period_s: float = 10.0
-    health_check_timeout_s: float = 30.0
+    health_check_period_s: float
+    health_check_timeout_s: float
 
 
 class Replica:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from daskserve.exceptions import ServeError
-from daskserve.transport.messages import MODEL_HEADERS
+from daskserve.transport.messages import model_id_of
 
 
 @dataclass(slots=True)  # not frozen: that would make it slow to make, see `Runner`
@@ -46,6 +46,15 @@ current_replica: ContextVar[ReplicaContext | None] = ContextVar(
 )
 
 
+def leave_request() -> None:
+    """Tell code that goes on for several requests that it runs on behalf of none."""
+    context = current_replica.get()
+    if context is not None:
+        current_replica.set(
+            replace(context, request_id=None, _children=None, _head=None, _model_id="")
+        )
+
+
 def get_multiplexed_model_id() -> str:
     """Return the id of the model that the request at hand is for.
 
@@ -61,11 +70,7 @@ def get_multiplexed_model_id() -> str:
     if context is None:
         return ""
     if context._head is not None:
-        headers = dict(context._head.headers)
-        for name in MODEL_HEADERS:
-            if name in headers:
-                value: bytes = headers[name]
-                return value.decode("latin-1")
+        return model_id_of(dict(context._head.headers))
     return context._model_id
 
 

@@ -69,6 +69,8 @@ Key: TypeAlias = tuple[ReplyTo, int]
 KEPT_S = 1.0
 #: How long cancelled requests may take to clean up.
 CANCEL_TIMEOUT_S = 1.0
+#: Beyond the grace period, how long a replica may take before it is given up.
+STOP_MARGIN_S = 4.0
 #: How long shutdown hooks and ``__del__`` may take together, after the grace period.
 HOOKS_TIMEOUT_S = 3.0
 
@@ -356,7 +358,7 @@ class Runner:
             serving = self._serve_websocket(websocket)
             websocket.task = self._spawn(self._websockets, key, serving)
         else:
-            window_bytes = message[8] if len(message) > 8 else None
+            window_bytes: int | None = message[8]
             if window_bytes is None:
                 call = HandleCall()
             else:
@@ -541,8 +543,8 @@ class Runner:
         arguments: bytes,
         future_keys: tuple[Any, ...],
         request_id: str | None,
-        model_id: str = "",
-        window_bytes: int | None = None,
+        model_id: str,
+        window_bytes: int | None,
         *results: bytes,
     ) -> None:
         call.entered = True

@@ -115,7 +115,7 @@ class Dispatcher:
     Parameters
     ----------
     loop
-        The transport loop; everything but `update_threadsafe` runs on it.
+        The transport loop; everything but `has_replicas` runs on it.
     connect
         Opens a Dask comm to a worker's address.
     context
@@ -343,6 +343,11 @@ class Dispatcher:
                 f"There is no deployment {name!r}; there are {sorted(self.groups)}."
             )
         return group
+
+    def has_replicas(self, name: str) -> bool:
+        """Whether a deployment has replicas that take requests; any thread."""
+        group = self.groups.get(name)
+        return group is not None and bool(group.router.slots)
 
     def acquire_now(self, call: Call, group: Group) -> Slot | None:
         """Count `call` as in a replica with room, if there is one now."""

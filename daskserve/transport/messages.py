@@ -83,6 +83,14 @@ OPENING: Final = frozenset({REQUEST, CALL, CONNECT})
 
 #: Headers of a request that name the model that it is for. (nginx drops the first.)
 MODEL_HEADERS: Final = (b"serve_multiplexed_model_id", b"serve-multiplexed-model-id")
+_MODEL_HEADERS = frozenset(MODEL_HEADERS)
+
+
+def model_id_of(headers: Mapping[bytes, bytes]) -> str:
+    """Return the model that a request is for; "" if its headers name none."""
+    if _MODEL_HEADERS.isdisjoint(headers):  # as in most, and quicker than to look
+        return ""
+    return next(headers[n] for n in MODEL_HEADERS if n in headers).decode("latin-1")
 
 
 class Head(NamedTuple):

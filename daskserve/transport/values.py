@@ -156,7 +156,8 @@ def loads_arguments(
     """
     if results:
         values = dict(values)
-        values |= {(_RESULT, i): loads_value(data) for i, data in enumerate(results)}
+        for number, pickled in enumerate(results):
+            values[_RESULT, number] = loads_value(pickled)
     token = _future_values.set(values)
     try:
         args, kwargs = pickling.loads(data)
