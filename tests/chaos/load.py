@@ -22,6 +22,8 @@ from urllib.parse import urlsplit
 #: Methods that a client may send again by itself (RFC 9110, 9.2.2).
 IDEMPOTENT = frozenset({"GET", "PUT"})
 METHODS = ["GET"] * 5 + ["POST"] * 4 + ["PUT"]
+#: How many clients there are, each with a connection, unless it is said.
+CONNECTIONS = 24
 #: How long requests take in user code, in seconds: most a moment, some much longer.
 SLEEPS = [0.002] * 16 + [0.05] * 3 + [0.3]
 #: When a client takes it that no answer will ever come.
@@ -75,7 +77,7 @@ class Load:
         url: str,
         file: Path,
         *,
-        connections: int = 24,
+        connections: int = CONNECTIONS,
         rate: float = 400,
         seed: int = 0,
         vanishing: float = 0,
