@@ -16,7 +16,14 @@ from daskserve.transport import direct, dispatcher
 from daskserve.transport.channel import ConnectionLostError
 from daskserve.transport.direct import DirectAddress, DirectChannel, DirectListener
 from daskserve.transport.dispatcher import Call, Dispatcher
-from daskserve.transport.messages import CALL, CHUNK, REFUSED, RESULT, Message
+from daskserve.transport.messages import (
+    CALL,
+    CHUNK,
+    NOBODY,
+    REFUSED,
+    RESULT,
+    Message,
+)
 from daskserve.transport.silence import SilenceWatch
 from tests.test_dispatcher import Place, StandIn, keep, snapshot
 
@@ -299,6 +306,28 @@ def test_a_broken_connection_casts_doubt_on_the_whole_worker() -> None:
         await until(lambda: not made._direct)
         assert not neighbour.reachable  # it may have died with the one that is lost
         assert (await call(made))[0] == RESULT  # as soon as it is known to live
+
+    dispatching(test)
+
+
+def test_doubt_lasts_until_the_worker_answers() -> None:
+    async def test(made: Dispatcher, replica: Replica, place: Place) -> None:
+        await until(lambda: made._direct[1].is_open)
+        (channel,) = made._channels.values()
+        slot = made.groups["D"].router.slots[1]
+        silent = place.replicas[NOBODY] = StandIn(keep)
+        for pipe in list(replica.listener._pipes):
+            pipe.abort()
+        await until(lambda: silent.messages)
+        await asyncio.sleep(2 * dispatcher.RECONNECT_S)
+        assert channel.is_open and not slot.reachable  # dead, for all that is known
+        del place.replicas[NOBODY]
+        for comm in place.comms:
+            refusal = (REFUSED, silent.messages[0][1], "not here")
+            await comm.write(msgpack.packb([refusal]))
+        await until(lambda: slot.reachable)
+        assert (await call(made))[0] == RESULT
+        assert channel.idle
 
     dispatching(test)
 

@@ -31,7 +31,7 @@ from daskserve.transport.channel import (
 )
 from daskserve.transport.direct import DirectAddress, DirectChannel
 from daskserve.transport.load_reports import LoadReports
-from daskserve.transport.messages import CANCEL, DECLINE, REFUSED, Message
+from daskserve.transport.messages import CALL, CANCEL, DECLINE, NOBODY, REFUSED, Message
 from daskserve.transport.queue_reports import QueueReports
 from daskserve.transport.router import Router, Slot
 from daskserve.transport.silence import SilenceWatch
@@ -535,7 +535,26 @@ class Dispatcher:
         be lost once more in another.
         """
         self._set_reachable(worker, False)
-        self.loop.call_later(RECONNECT_S, self._believe, worker)
+        self.loop.call_later(RECONNECT_S, self._probe, worker)
+
+    def _probe(self, worker: str) -> None:
+        """Ask a worker whether it lives, if the connection to it still looks so.
+
+        The end of that one may only come late to a busy process.
+        """
+        channel = self._channels.get(worker)
+        if channel is None or not channel.is_open:
+            self._reopen(worker)
+            return
+        exchange = channel.open()
+
+        def told() -> None:
+            if exchange.first is not None:
+                self._believe(worker)
+            channel.close_exchange(exchange)
+
+        exchange.on_news = told
+        channel.send((CALL, exchange.exchange_id, NOBODY))
 
     def _believe(self, worker: str) -> None:
         for replica_id, slot in self._on_worker.get(worker, {}).items():

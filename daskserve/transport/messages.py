@@ -79,7 +79,8 @@ DECLINE: Final = 35
 
 #: Messages that begin an exchange.
 OPENING: Final = frozenset({REQUEST, CALL, CONNECT})
-
+#: The id of no replica: a worker refuses what is for it, and so says that it lives.
+NOBODY: Final = 0
 
 #: Headers of a request that name the model that it is for. (nginx drops the first.)
 MODEL_HEADERS: Final = (b"serve_multiplexed_model_id", b"serve-multiplexed-model-id")
