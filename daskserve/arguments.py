@@ -59,7 +59,7 @@ def _send_when_answered(
             if message[0] != RESULT:
                 fail(request.answer, error_of(message))
                 return
-        request.results = tuple(message[2] for message in messages)
+        request.results = tuple(answer.packed() for answer in awaited.answers)
         send(request, Awaited(awaited.compute, awaited.futures), session)
 
     for answer in awaited.answers:

@@ -12,7 +12,7 @@ from typing import Any
 from distributed import Future, get_client
 from distributed.actor import BaseActorFuture
 
-from daskserve import arguments, pickling
+from daskserve import arguments, packing, pickling
 from daskserve.config import duration
 from daskserve.exceptions import RequestTimeoutError
 from daskserve.replica.context import ReplicaContext, current_replica
@@ -24,7 +24,7 @@ from daskserve.response_stream import (
 )
 from daskserve.session import ClientSession, Session, WorkerSession, current_session
 from daskserve.transport import values
-from daskserve.transport.calls import CallRequest
+from daskserve.transport.calls import Answer, CallRequest
 from daskserve.transport.items import Items
 from daskserve.transport.messages import RESULT, Message
 
@@ -39,7 +39,7 @@ class DeploymentResponse(BaseActorFuture[Any]):
 
     def __init__(
         self,
-        answer: concurrent.futures.Future[Message],
+        answer: Answer,
         session: Session,
         keep_alive: object,
     ) -> None:
@@ -140,7 +140,10 @@ class DeploymentResponse(BaseActorFuture[Any]):
 
     def _decode(self, message: Message) -> Any:
         if message[0] == RESULT:
-            return values.loads_value(message[2])
+            packed = message[2]
+            return packing.unpack(
+                packed if type(packed) is bytes else self._answer.packed()
+            )
         raise error_of(message)
 
 
@@ -229,11 +232,12 @@ class DeploymentHandle:
     def remote(self, *args: Any, **kwargs: Any) -> Any:
         """Call the deployment; returns at once.
 
-        Arguments are copied. A Dask future among them, at any depth, is waited for and
-        replaced by its value, which goes from worker to worker, to a replica near it;
-        a Dask collection is computed and treated likewise. As in tasks, such a value is
-        not to be changed. A response of another call is replaced by its result, for
-        which nobody waits here.
+        Arguments are copied; what nobody can change, as ``bytes`` and read-only arrays,
+        is not if it is large, and in the same process it is shared. A Dask future among
+        them, at any depth, is waited for and replaced by its value, which goes from
+        worker to worker, to a replica near it; a Dask collection is computed and
+        treated likewise. As in tasks, such a value is not to be changed. A response of
+        another call is replaced by its result, for which nobody waits here.
 
         Returns
         -------
@@ -319,7 +323,7 @@ class DeploymentHandle:
             return future
 
         what = f"an argument of {self._deployment}.{self._method_name}()"
-        request.arguments, awaited = values.dumps_arguments(
+        request.arguments, awaited = values.pack_arguments(
             args, kwargs, what=what, compute=compute
         )
         if awaited.futures:

@@ -35,7 +35,10 @@ _LOCK_FACTORIES: dict[type, Callable[[], object]] = {
 }
 #: How many objects are looked at to find the way to one that cannot be pickled.
 _MAX_SEARCHED = 50_000
-_SCALARS = frozenset({type(None), bool, int, float, complex, str, bytes})
+_SCALARS = frozenset({type(None), bool, int, float, complex, str})
+_KEYS = _SCALARS | {bytes}
+#: From this size on `bytes` are not plain: there is a better way for them.
+LARGE_BYTES = 64 * 1024
 #: How far, and how deep, `is_plain` looks.
 _MAX_PLAIN_ITEMS = 100
 _MAX_PLAIN_DEPTH = 5
@@ -50,13 +53,19 @@ class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc, unused-ignore]
     ----------
     file
         Where the bytes go.
+    buffer_callback
+        Takes buffers that are to stay out; see `pickle.Pickler`.
     """
 
     #: The object that was about to be pickled last: the culprit when it fails.
     last: object = None
 
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=_PROTOCOL)
+    def __init__(
+        self,
+        file: io.BytesIO,
+        buffer_callback: Callable[[pickle.PickleBuffer], bool] | None = None,
+    ) -> None:
+        super().__init__(file, _PROTOCOL, buffer_callback)
 
     def reducer_override(self, obj: Any) -> Any:
         """Reduce what pickle and cloudpickle cannot, or not so that it loads."""
@@ -198,6 +207,17 @@ def dumps(
     plain = dumps_plain(obj)
     if plain is not None:
         return plain
+    return dump(obj, pickler, what=what, within=within)
+
+
+def dump(
+    obj: object,
+    pickler: Callable[[io.BytesIO], Pickler],
+    *,
+    what: str,
+    within: object = None,
+) -> bytes:
+    """Do what `dumps` does, for what is not plain."""
     with io.BytesIO() as file:
         maker = pickler(file)
         try:
@@ -230,7 +250,12 @@ def dumps_plain(obj: object) -> bytes | None:
     return pickle.dumps(obj, _PROTOCOL) if is_plain(obj) else None
 
 
-def loads(data: bytes, *, shared: Sequence[object] = ()) -> Any:
+def loads(
+    data: bytes,
+    *,
+    shared: Sequence[object] = (),
+    buffers: Sequence[bytes | memoryview] = (),
+) -> Any:
     """Unpickle what `dumps` made.
 
     Parameters
@@ -239,6 +264,8 @@ def loads(data: bytes, *, shared: Sequence[object] = ()) -> Any:
         The bytes.
     shared
         What persistent ids 0, 1, ... in ``data`` stand for.
+    buffers
+        What was left out of it, in this order.
 
     Returns
     -------
@@ -256,6 +283,8 @@ def loads(data: bytes, *, shared: Sequence[object] = ()) -> Any:
     {'a': 1}
     """
     try:
+        if buffers:
+            return pickle.loads(data, buffers=buffers)
         if not shared:
             return pickle.loads(data)
         return _Unpickler(io.BytesIO(data), shared).load()
@@ -292,9 +321,11 @@ def is_plain(obj: object, depth: int = _MAX_PLAIN_DEPTH) -> bool:
     """
     if type(obj) in _SCALARS:
         return True
+    if type(obj) is bytes:
+        return len(obj) < LARGE_BYTES
     items: Collection[object]
     if type(obj) is dict:
-        if not _SCALARS.issuperset(map(type, obj)):
+        if not _KEYS.issuperset(map(type, obj)):
             return False
         items = obj.values()
     elif type(obj) is tuple or type(obj) is list:

@@ -7,6 +7,7 @@ import contextlib
 import threading
 from typing import Any, Self
 
+from daskserve import packing
 from daskserve.exceptions import ReplicaDiedError
 from daskserve.session import Session, WorkerSession
 from daskserve.transport import values
@@ -49,7 +50,7 @@ class DeploymentResponseGenerator:
                 raise StopIteration
             check_blocking(self._session, "for", "async for")
             self._items.news().result()
-        return values.loads_value(data)
+        return packing.unpack(data)
 
     def __aiter__(self) -> Self:
         return self
@@ -63,7 +64,7 @@ class DeploymentResponseGenerator:
             except asyncio.CancelledError:
                 self.cancel()  # whoever consumed is gone
                 raise
-        return values.loads_value(data)
+        return packing.unpack(data)
 
     def cancel(self) -> bool:
         """Close the generator in the replica; items that have come can still be had.

@@ -44,6 +44,7 @@ def test_requests(tmp_path: Path) -> None:
 #: A cheap one of each other kind.
 OTHERS = [
     "handles/replica/coro/c=1",
+    "handles/arrays/echo/1MB",
     "bodies/up/10MB/far",
     "bodies/down/10MB/far",
     "streams/100-clients/0ms/far",

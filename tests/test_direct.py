@@ -20,6 +20,7 @@ from daskserve.transport.messages import (
     CALL,
     CHUNK,
     NOBODY,
+    PART,
     REFUSED,
     RESULT,
     Message,
@@ -149,11 +150,14 @@ def test_what_is_open_fails_with_the_connection() -> None:
     run(test)
 
 
-@pytest.mark.parametrize("what", ["wrong secret", "no secret", "nonsense", "flood"])
+@pytest.mark.parametrize(
+    "what", ["wrong secret", "no secret", "part", "nonsense", "flood"]
+)
 def test_strangers_get_nowhere(what: str) -> None:
     first = {
         "wrong secret": msgpack.packb((b"x" * 16,)),
         "no secret": msgpack.packb((CALL, 1, 1, "f", b"")),
+        "part": msgpack.packb((PART, 1, 1, 2**40, True, 2**30)),
         "nonsense": b"\xc1\xc1\xc1",
         "flood": b"x" * 100_000,
     }[what]

@@ -42,6 +42,7 @@ LAYERS = [
     "frozen_app",
     "class_routes",
     "transport.*",
+    "packing",
     "pickling",
     "config",
     "exceptions",

@@ -17,7 +17,7 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
 import daskserve as serve
-from daskserve import pickling
+from daskserve import packing, pickling
 from daskserve.replica.actor import ReplicaSpec
 from daskserve.replica.runner import Runner
 from daskserve.transport import values
@@ -117,7 +117,7 @@ class Replica:
         return self.send(REQUEST, fields, body, more)
 
     def call(self, method: str = "__call__", *args: Any, **kwargs: Any) -> int:
-        data, _ = values.dumps_arguments(args, kwargs, what="arguments")
+        data, _ = values.pack_arguments(args, kwargs, what="arguments")
         return self.send(CALL, method, data, (), "id2", "", None)
 
     def send(self, op: int, *fields: Any) -> int:
@@ -130,7 +130,7 @@ class Replica:
         message = self.caller.wait(exchange_id, RESULT, ERROR)
         if message[0] == ERROR:
             raise values.restore(*message[3:])
-        return values.loads_value(message[2])
+        return packing.unpack(message[2])
 
     def body(self, exchange_id: int) -> bytes:
         message = self.caller.wait(exchange_id, RESPONSE, ERROR)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+from daskserve.packing import Packed
 from daskserve.transport.channel import ReplyTo
 from daskserve.transport.messages import ITEM, item_cost
 
@@ -50,7 +51,7 @@ class StreamCall(HandleCall):
         if self._room > 0 and self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: Packed) -> None:
         """Send an item, once there is room."""
         while self._room <= 0:
             self._waiter = asyncio.get_running_loop().create_future()

@@ -22,7 +22,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from daskserve import pickling
+from daskserve import packing
+from daskserve.packing import Packed
 from daskserve.replica.actor import ReplicaSpec
 from daskserve.replica.asgi import HttpExchange, Starts
 from daskserve.replica.client import ReplicaClients
@@ -540,19 +541,19 @@ class Runner:
         call: HandleCall,
         key: Key,
         method_name: str,
-        arguments: bytes,
+        arguments: Packed,
         future_keys: tuple[Any, ...],
         request_id: str | None,
         model_id: str,
         window_bytes: int | None,
-        *results: bytes,
+        *results: Packed,
     ) -> None:
         call.entered = True
         self._enter(request_id, None, model_id)
         reply_to, exchange_id = key
         try:
             fetched = await self.session.gather(future_keys) if future_keys else {}
-            args, kwargs = values.loads_arguments(arguments, fetched, results)
+            args, kwargs = values.unpack_arguments(arguments, fetched, results)
             result = await self._servable.call(method_name, args, kwargs)
             what = f"the result of {self.spec.deployment}.{method_name}()"
             reply: Message
@@ -560,7 +561,7 @@ class Runner:
                 await self._send_items(call, result, what)
                 reply = (END, exchange_id)
             else:
-                reply = (RESULT, exchange_id, pickling.dumps(result, what=what))
+                reply = (RESULT, exchange_id, packing.pack(result, what=what))
             reply_to.send(reply)
         except UnknownMethodError as err:
             reply_to.send(_error_message(exchange_id, UNKNOWN_METHOD, err))
@@ -586,7 +587,7 @@ class Runner:
             )
         async with contextlib.aclosing(self._servable.iterate(result)) as items:
             async for item in items:
-                await call.send(pickling.dumps(item, what=f"an item of {what}"))
+                await call.send(packing.pack(item, what=f"an item of {what}"))
 
     def _enter(
         self, request_id: str | None, head: Head | None = None, model_id: str = ""

@@ -8,7 +8,9 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
+from daskserve import packing
 from daskserve.exceptions import DeploymentUnavailableError, ReplicaDiedError
+from daskserve.packing import Packed
 from daskserve.transport.channel import ConnectionLostError
 from daskserve.transport.dispatcher import Call, Dispatcher, timeout_error
 from daskserve.transport.items import Items
@@ -26,6 +28,18 @@ class Answer(Future[Message]):
     #: Called, on any thread, when it is cancelled.
     on_cancel: Callable[[], None] | None = None
 
+    def packed(self) -> Packed:
+        """Return the value of its ``RESULT`` message.
+
+        Whoever asks first may unpack it, and then change it; others get a copy.
+        """
+        packed: Packed = self.result()[2]
+        if type(packed) is bytes:
+            return packed
+        mark = object()
+        is_first = self.__dict__.setdefault("_owner", mark) is mark
+        return packed if is_first else packing.copy(packed)
+
     def cancel(self) -> bool:
         """Cancel the call; False if it has been answered."""
         cancelled = super().cancel()
@@ -40,8 +54,8 @@ class CallRequest:
 
     deployment: str
     method_name: str
-    #: Pickled ``(args, kwargs)``.
-    arguments: bytes
+    #: Packed ``(args, kwargs)``.
+    arguments: Packed
     #: Keys of the Dask futures among them.
     future_keys: tuple[Hashable, ...]
     request_id: str | None
@@ -50,8 +64,8 @@ class CallRequest:
     answer: Answer = field(default_factory=Answer)
     #: Where the items go, if they are wanted one by one; the answer is the end then.
     items: Items | None = None
-    #: Pickled results of other calls that are among the arguments.
-    results: tuple[bytes, ...] = ()
+    #: Packed results of other calls that are among the arguments.
+    results: tuple[Packed, ...] = ()
     #: Workers that have most of the bytes of the Dask futures, the best ones first.
     near: tuple[str, ...] = ()
 

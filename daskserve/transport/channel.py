@@ -28,6 +28,7 @@ from daskserve.transport.messages import (
     Message,
 )
 from daskserve.transport.outbox import Outbox
+from daskserve.transport.parts import Joiner
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class CommPipe:
         self._comm = comm
         self._deliver = deliver
         self._outbox = Outbox()
+        self._joiner = Joiner()
         self._wake: asyncio.Future[None] | None = None
 
     def send(self, message: Message) -> None:
@@ -85,14 +87,13 @@ class CommPipe:
         try:
             while True:
                 packed = await self._comm.read()
-                self._deliver(
-                    msgpack.unpackb(
-                        packed,
-                        use_list=False,
-                        strict_map_key=False,
-                        unicode_errors="surrogatepass",
-                    )
+                batch = msgpack.unpackb(
+                    packed,
+                    use_list=False,
+                    strict_map_key=False,
+                    unicode_errors="surrogatepass",
                 )
+                self._deliver(self._joiner.join(batch))
         except OSError:  # CommClosedError is one
             pass
         finally:

@@ -5,9 +5,9 @@ framing, which is most of what forwarding costs. So each replica listens itself,
 address of its worker and with the cluster's TLS, and callers connect to it beside the
 comm. Where that port cannot be reached, the comm goes on carrying everything.
 
-Frames are messages of `messages`, packed one after the other. The first is a secret
-which replica and callers have from the controller: the port is open to all users of a
-host, and calls have pickled arguments.
+Frames are messages of `messages`, packed one after the other; the data of a ``PART``
+comes after it, as it is. The first is a secret which replica and callers have from the
+controller: the port is open to all users of a host, and calls have pickled arguments.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ from typing import Any, cast
 import msgpack
 
 from daskserve.transport.channel import Channel, Exchange, Inbox
-from daskserve.transport.messages import GOODBYE, WELCOME, Message
+from daskserve.transport.messages import GOODBYE, PART, WELCOME, WHOLE, Message
 from daskserve.transport.outbox import BULK_BYTES, Outbox, data_bytes
+from daskserve.transport.parts import Joiner
 from daskserve.transport.silence import SilenceWatch
 
 logger = logging.getLogger(__name__)
 
 #: The kernel and uvloop hold about so much; the rest waits where small messages pass.
 WRITE_BUFFER_BYTES = 256 * 1024
+#: So much is read at once, at most.
+READ_BYTES = 256 * 1024
 #: What a stranger may send before the secret is due.
 MAX_SECRET_BYTES = 256
 #: How long callers may take to leave a replica that says goodbye.
@@ -58,7 +61,17 @@ class DirectAddress:
         return [self.host, self.port, self.secret]
 
 
-class _Pipe(asyncio.Protocol):
+class _Scratch(threading.local):
+    """Where connections of one thread read into: each has taken it out when it ends."""
+
+    def __init__(self) -> None:
+        self.view = memoryview(bytearray(READ_BYTES))
+
+
+_scratch = _Scratch()
+
+
+class _Pipe(asyncio.BufferedProtocol):
     """One end of a connection: messages in, in batches, and out, coalesced."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -72,6 +85,11 @@ class _Pipe(asyncio.Protocol):
             max_buffer_size=2**31 - 1,
         )
         self._packer = msgpack.Packer(unicode_errors="surrogatepass")
+        self._scratch = _scratch.view
+        #: Where to read into; something else if data of a part comes next.
+        self._target = self._scratch
+        #: None for strangers: they get no memory.
+        self._joiner: Joiner | None = None
         self._outbox = Outbox()
         self._flushing = False
         self._paused = False
@@ -126,11 +144,17 @@ class _Pipe(asyncio.Protocol):
             self._watch.discard(self)
         self.lost()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Return where to read into."""
+        return self._target
+
+    def buffer_updated(self, nbytes: int) -> None:
         """Unpack what is complete."""
+        if self._target is not self._scratch:
+            self._target = self._target[nbytes:] or self._scratch
+            return
         try:
-            self._unpacker.feed(data)
-            batch = list(self._unpacker)
+            batch = self._unpack(self._scratch[:nbytes])
         except Exception:
             logger.exception("what came on a channel cannot be read")
             self.abort()
@@ -147,7 +171,25 @@ class _Pipe(asyncio.Protocol):
         self._paused = False
         self._flush()
 
-    # Parts.
+    # Steps.
+
+    def _unpack(self, data: memoryview) -> list[Message]:
+        unpacker, joiner = self._unpacker, self._joiner
+        unpacker.feed(data)
+        if joiner is None:
+            return list(unpacker)
+        batch = []
+        for message in unpacker:
+            if message[0] == PART:
+                room = joiner.room(message, message[5])
+                came = unpacker.read_bytes(len(room))
+                room[: len(came)] = came
+                if len(came) < len(room):
+                    self._target = room[len(came) :]
+                    break
+            else:
+                batch.append(joiner.whole(message) if message[0] == WHOLE else message)
+        return batch
 
     def _put(self, message: Message) -> None:
         self._outbox.put(message)
@@ -163,9 +205,12 @@ class _Pipe(asyncio.Protocol):
             return
         try:
             while self._outbox and not self._paused:
-                parts: list[bytes] = []
+                parts: list[bytes | memoryview] = []
                 for message in self._outbox.take():
-                    if data_bytes(message) >= BULK_BYTES:
+                    if message[0] == PART:
+                        *head, data = message
+                        parts += self._packer.pack((*head, len(data))), data
+                    elif data_bytes(message) >= BULK_BYTES:
                         parts.extend(self._pack_bulk(message))
                     else:
                         parts.append(self._packer.pack(message))
@@ -270,14 +315,14 @@ class _Accepted(_Pipe):
         self._listener._pipes.add(self)
         self.watch(self._listener._watch, self.abort)
 
-    def data_received(self, data: bytes) -> None:
+    def buffer_updated(self, nbytes: int) -> None:
         if not self._known:
-            self._received += len(data)
+            self._received += nbytes
             if self._received > MAX_SECRET_BYTES:
                 # The caller sends nothing else before it is told that it is known.
                 self.abort()
                 return
-        super().data_received(data)
+        super().buffer_updated(nbytes)
 
     def deliver(self, batch: list[Message]) -> None:
         if self._known:
@@ -289,6 +334,7 @@ class _Accepted(_Pipe):
             secret, self._listener._secret
         ):
             self._known = True
+            self._joiner = Joiner()
             self._timer.cancel()
             self.send((WELCOME, 0))
         else:
@@ -430,6 +476,7 @@ class _Connected(_Pipe):
     def __init__(self, loop: asyncio.AbstractEventLoop, channel: DirectChannel) -> None:
         super().__init__(loop)
         self._channel = channel
+        self._joiner = Joiner()
 
     def deliver(self, batch: list[Message]) -> None:
         self._channel._receive(batch)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 
+from daskserve.packing import Packed
 from daskserve.transport.messages import item_cost
 
 
@@ -34,7 +35,7 @@ class Items:
         #: Told, on the consumer's thread, of what it has taken, in portions.
         self.on_consumed: Callable[[int], None] | None = None
         self._lock = threading.Lock()
-        self._items: deque[bytes] = deque()
+        self._items: deque[Packed] = deque()
         self._taken = 0
         self._news: Future[None] | None = None
         self._closed = False
@@ -44,7 +45,7 @@ class Items:
         """Whether there are items."""
         return bool(self._items)
 
-    def put(self, data: bytes) -> None:
+    def put(self, data: Packed) -> None:
         """Add an item; any thread."""
         with self._lock:
             self._items.append(data)
@@ -56,7 +57,7 @@ class Items:
             self._closed = True
         self._wake()
 
-    def take(self) -> bytes | None:
+    def take(self) -> Packed | None:
         """Take the next item, or None if there is none now; any thread."""
         with self._lock:
             if not self._items:

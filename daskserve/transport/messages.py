@@ -8,9 +8,9 @@ From a caller to a replica (the third field is always the replica's id):
 
 ===========  ===============================================================
 ``REQUEST``  replica, the fields of `Head`, body, more_body
-``CALL``     replica, method name, pickled ``(args, kwargs)``, keys of the Dask
+``CALL``     replica, method name, packed ``(args, kwargs)``, keys of the Dask
              futures in them, request id, id of the model that it is for or "",
-             window in bytes or None, pickled results that are among the arguments;
+             window in bytes or None, packed results that are among the arguments;
              with a window it is a stream
 ``BODY``     replica, data, more_body
 ``CREDIT``   replica, bytes of the response that the caller has passed on, or cost
@@ -28,8 +28,8 @@ From a replica to a caller:
 ``CHUNK``     data, more_body
 ``PUSH``      an ASGI event of a WebSocket, as a dict
 ``END``       the app of a WebSocket has returned; there are no more items
-``ITEM``      pickled item of a stream
-``RESULT``    pickled result of a call
+``ITEM``      packed item of a stream
+``RESULT``    packed result of a call
 ``ERROR``     kind, type name, text, traceback, pickled exception or None
 ``REFUSED``   reason: it was not handed to user code, try another replica
 ``GRANT``     bytes of the request's body that user code has taken
@@ -42,6 +42,13 @@ These belong to no exchange, and have a 0 for its id:
 ``DECLINE``   replica: from a caller that has no use for the place
 ``WELCOME``   the secret was right (on direct connections)
 ``GOODBYE``   the replica is about to end (on direct connections)
+============  ==============================================================
+
+A connection carries large fields in parts; see `parts`:
+
+============  ==============================================================
+``PART``      number of a field, its size, whether it is a ``memoryview``, data
+``WHOLE``     the message that they are parts of
 ============  ==============================================================
 """
 
@@ -77,10 +84,16 @@ WELCOME: Final = 33
 GOODBYE: Final = 34
 DECLINE: Final = 35
 
+PART: Final = 48
+WHOLE: Final = 49
+
 #: Messages that begin an exchange.
 OPENING: Final = frozenset({REQUEST, CALL, CONNECT})
 #: The id of no replica: a worker refuses what is for it, and so says that it lives.
 NOBODY: Final = 0
+#: Messages with packed values, in which there may be views of memory.
+PACKED: Final = frozenset({CALL, RESULT, ITEM})
+
 
 #: Headers of a request that name the model that it is for. (nginx drops the first.)
 MODEL_HEADERS: Final = (b"serve_multiplexed_model_id", b"serve-multiplexed-model-id")
@@ -146,9 +159,10 @@ CUT: Final = "cut"  # the response began and cannot be completed
 ITEM_OVERHEAD_BYTES: Final = 1024
 
 
-def item_cost(data: bytes) -> int:
-    """Return what an item takes of the window."""
-    return len(data) + ITEM_OVERHEAD_BYTES
+def item_cost(item: bytes | tuple[Any, ...]) -> int:
+    """Return what a packed item takes of the window."""
+    size = len(item) if type(item) is bytes else sum(map(len, item))
+    return size + ITEM_OVERHEAD_BYTES
 
 
 #: Chunks of bodies are split to at most this many bytes, so that one body cannot keep

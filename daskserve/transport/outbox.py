@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter, deque
 
-from daskserve.transport.messages import Message
+from daskserve.transport.messages import PACKED, Message
+from daskserve.transport.parts import PART_BYTES, Cutter
 
 #: A message with so many bytes of data is bulk.
 BULK_BYTES = 16 * 1024
@@ -34,13 +35,21 @@ class Outbox:
         self._bulk: deque[tuple[Message, int]] = deque()
         #: How many messages of an exchange are in `_bulk`.
         self._behind: Counter[int] = Counter()
+        self._cutter = Cutter()
 
     def __bool__(self) -> bool:
         return bool(self._small or self._bulk)
 
     def put(self, message: Message) -> None:
-        """Add `message`."""
+        """Add `message`, in parts if its fields are large."""
         size = data_bytes(message)
+        if size >= BULK_BYTES and (size > PART_BYTES or message[0] in PACKED):
+            for part in self._cutter.cut(message):
+                self._put(part, data_bytes(part))
+        else:
+            self._put(message, size)
+
+    def _put(self, message: Message, size: int) -> None:
         if size < BULK_BYTES and not (self._behind and message[1] in self._behind):
             self._small.append(message)
         else:
@@ -65,9 +74,12 @@ def data_bytes(message: Message) -> int:
     """Return the size of a message's data, roughly."""
     size = 0
     for field in message:
-        if type(field) is bytes:
+        kind = type(field)
+        if kind is bytes or kind is memoryview:
             size += len(field)
-        elif type(field) is dict:  # an event of a WebSocket
+        elif kind is dict:  # an event of a WebSocket
             payload = field.get("bytes") or field.get("text") or b""
             size += len(payload)
+        elif kind is tuple and field and message[0] in PACKED:  # a value's buffers
+            size += sum(len(p) for p in field if type(p) in (bytes, memoryview))
     return size

@@ -9,8 +9,10 @@ from distributed.protocol.serialize import Serialize
 
 logger = logging.getLogger(__name__)
 
-#: Larger messages are warned of.
+#: More at once is warned of.
 WARN_BYTES = 2**20
+#: Large values go in portions, one after the other; what is smaller comes in between.
+PORTION_BYTES = 64 * 1024
 
 
 class RelayedComm:
@@ -27,6 +29,7 @@ class RelayedComm:
     def __init__(self, comm: Any, worker: str) -> None:
         self._comm = comm
         self._worker = worker
+        self._at_once = 0
         self._warned = False
 
     async def read(self) -> Any:
@@ -49,12 +52,15 @@ class RelayedComm:
 
     def _look_at(self, message: Any) -> None:
         data = message.data if isinstance(message, Serialize) else message
-        if self._warned or not isinstance(data, bytes) or len(data) <= WARN_BYTES:
+        size = len(data) if isinstance(data, bytes) else 0
+        self._at_once = self._at_once + size if size >= PORTION_BYTES else size
+        if self._warned or self._at_once <= WARN_BYTES:
             return
         self._warned = True
         logger.warning(
-            "%.1f MiB go through the scheduler, for worker %s cannot be reached from "
-            "here: that is slow, and others wait for the scheduler meanwhile",
-            len(data) / 2**20,
+            "A value of more than %d MiB goes through the scheduler, for worker %s "
+            "cannot be reached from here: that is slow, and others wait for the "
+            "scheduler meanwhile",
+            WARN_BYTES // 2**20,
             self._worker,
         )

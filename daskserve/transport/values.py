@@ -1,4 +1,4 @@
-"""How arguments, results and exceptions of handle calls become bytes. Any process.
+"""How arguments and exceptions of handle calls become bytes, and back. Any process.
 
 Values are copied even within one process, so that a call means the same wherever the
 replica happens to be.
@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pickle import PickleBuffer
 from typing import Any
 
 from dask.base import is_dask_collection
@@ -18,8 +19,9 @@ from distributed import Future
 from distributed.actor import BaseActorFuture
 from starlette.requests import Request
 
-from daskserve import pickling
+from daskserve import packing, pickling
 from daskserve.exceptions import DeploymentError
+from daskserve.packing import Packed
 from daskserve.transport.calls import Answer
 from daskserve.transport.messages import Headers
 
@@ -73,12 +75,19 @@ class ArgumentPickler(pickling.Pickler):
     ----------
     file
         Where the bytes go.
+    buffer_callback
+        Takes what stays out of the pickle.
     awaited
         Takes note of what has its value elsewhere.
     """
 
-    def __init__(self, file: io.BytesIO, awaited: Awaited) -> None:
-        super().__init__(file)
+    def __init__(
+        self,
+        file: io.BytesIO,
+        buffer_callback: Callable[[PickleBuffer], bool],
+        awaited: Awaited,
+    ) -> None:
+        super().__init__(file, buffer_callback)
         self._awaited = awaited
 
     def reducer_override(self, obj: Any) -> Any:
@@ -102,14 +111,14 @@ class ArgumentPickler(pickling.Pickler):
         return super().reducer_override(obj)
 
 
-def dumps_arguments(
+def pack_arguments(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
     what: str,
     compute: Callable[[Any], Future[Any]] | None = None,
-) -> tuple[bytes, Awaited]:
-    """Pickle the arguments of a call.
+) -> tuple[Packed, Awaited]:
+    """Pack the arguments of a call.
 
     Parameters
     ----------
@@ -122,8 +131,8 @@ def dumps_arguments(
 
     Returns
     -------
-    bytes
-        For `loads_arguments`.
+    Packed
+        For `unpack_arguments`.
     Awaited
         What has its value elsewhere, at any depth.
 
@@ -134,41 +143,36 @@ def dumps_arguments(
     """
     awaited = Awaited(compute or _cannot_compute)
 
-    def make(file: io.BytesIO) -> ArgumentPickler:
-        return ArgumentPickler(file, awaited)
+    def make(file: io.BytesIO, keep: Callable[[PickleBuffer], bool]) -> ArgumentPickler:
+        return ArgumentPickler(file, keep, awaited)
 
-    return pickling.dumps((args, kwargs), what=what, pickler=make), awaited
+    return packing.pack((args, kwargs), what=what, pickler=make), awaited
 
 
-def loads_arguments(
-    data: bytes, values: Mapping[Hashable, Any], results: Sequence[bytes] = ()
+def unpack_arguments(
+    packed: Packed, values: Mapping[Hashable, Any], results: Sequence[Packed] = ()
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Unpickle arguments.
+    """Unpack arguments.
 
     Parameters
     ----------
-    data
-        What `dumps_arguments` made.
+    packed
+        What `pack_arguments` made.
     values
         What stands in the place of Dask futures, by key.
     results
-        What stands in the place of other calls' responses, pickled.
+        What stands in the place of other calls' responses, packed.
     """
     if results:
         values = dict(values)
-        for number, pickled in enumerate(results):
-            values[_RESULT, number] = loads_value(pickled)
+        for number, result in enumerate(results):
+            values[_RESULT, number] = packing.unpack(result)
     token = _future_values.set(values)
     try:
-        args, kwargs = pickling.loads(data)
+        args, kwargs = packing.unpack(packed)
     finally:
         _future_values.reset(token)
     return args, kwargs
-
-
-def loads_value(data: bytes) -> Any:
-    """Unpickle a result."""
-    return pickling.loads(data)
 
 
 def unread_requests(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Request]:

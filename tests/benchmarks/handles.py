@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -21,6 +22,8 @@ from tests.test_http import Site
 
 TIMEOUT_S = 30
 IN_FLIGHT = (1, 100)
+#: Sizes of arrays that go there, and there and back, in MB.
+ARRAYS = (1, 10, 100)
 
 
 class Noop:
@@ -34,6 +37,14 @@ class Noop:
 
     async def coro(self) -> None:
         """Run on a loop."""
+
+    def take(self, array: Any) -> int:
+        """Take an array."""
+        return int(array.nbytes)
+
+    def echo(self, array: Any) -> Any:
+        """Take an array and return it."""
+        return array
 
 
 class Caller:
@@ -139,6 +150,31 @@ def _from_replica(
     return sides
 
 
+def _arrays(
+    method: str, size: int
+) -> Callable[[Site, float], AbstractContextManager[Sides]]:
+    """Send an array from a client, one call at a time."""
+
+    @contextmanager
+    def sides(site: Site, seconds: float) -> Iterator[Sides]:
+        import numpy as np
+
+        array = np.random.default_rng(0).random(size // 8)
+        try:
+            deployment = site.deploy(Noop, where="far", route_prefix=None)
+            actor = _actor(site, Noop, "far")
+            ours = partial(getattr(deployment.get_handle(), method).remote, array)
+            theirs = partial(getattr(actor, method), array)
+            yield Sides(
+                lambda: call_and_wait(ours, 1, seconds),
+                lambda: call_and_wait(theirs, 1, seconds),
+            )
+        finally:
+            site.clean()
+
+    return sides
+
+
 def _actor(site: Site, cls: type, where: str) -> Any:
     future = site.client.submit(cls, actor=True, pure=False, **site.place(where))
     return future.result(timeout=TIMEOUT_S)
@@ -150,6 +186,10 @@ def _benches() -> Iterator[Bench]:
             for n in IN_FLIGHT:
                 name = f"handles/{caller}/{method}/c={n}"
                 yield Bench(name, "Dask actor", start_site, sides(method, n))
+    for method in ("take", "echo"):
+        for size in ARRAYS:
+            name = f"handles/arrays/{method}/{size}MB"
+            yield Bench(name, "Dask actor", start_site, _arrays(method, size * 10**6))
 
 
 BENCHES = list(_benches())
