@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import logging
 import os
@@ -483,11 +484,19 @@ class Runner:
 
     async def _serve_plain(self, exchange: HttpExchange) -> None:
         scope = exchange.scope(None)
+        result: Any = None
+
+        def finish(returned: Any) -> tuple[bytes, bytes] | Response:
+            nonlocal result
+            result = returned
+            return encode(returned)
+
+        encoded: tuple[bytes, bytes] | Response
         try:
-            result = await self._servable.answer(Request(scope, exchange.receive))
+            request = Request(scope, exchange.receive)
+            encoded = await self._servable.answer(request, finish)
         except HTTPException as err:
-            result = _http_exception_response(err)
-        encoded = encode(result)
+            encoded = _http_exception_response(err)
         if isinstance(encoded, Response):
             try:
                 await encoded(scope, exchange.receive, exchange.send)
@@ -554,15 +563,15 @@ class Runner:
         try:
             fetched = await self.session.gather(future_keys) if future_keys else {}
             args, kwargs = values.unpack_arguments(arguments, fetched, results)
-            result = await self._servable.call(method_name, args, kwargs)
             what = f"the result of {self.spec.deployment}.{method_name}()"
-            reply: Message
-            if isinstance(call, StreamCall) or is_stream(result):
+            if isinstance(call, StreamCall):
+                result = await self._servable.call(method_name, args, kwargs)
                 await self._send_items(call, result, what)
-                reply = (END, exchange_id)
+                reply_to.send((END, exchange_id))
             else:
-                reply = (RESULT, exchange_id, packing.pack(result, what=what))
-            reply_to.send(reply)
+                pack = functools.partial(_pack_result, what=what)
+                packed = await self._servable.call(method_name, args, kwargs, pack)
+                reply_to.send((RESULT, exchange_id, packed))
         except UnknownMethodError as err:
             reply_to.send(_error_message(exchange_id, UNKNOWN_METHOD, err))
         except BaseException as err:
@@ -573,13 +582,7 @@ class Runner:
             del self._calls[key]
             self._finished()
 
-    async def _send_items(self, call: HandleCall, result: Any, what: str) -> None:
-        if not isinstance(call, StreamCall):
-            await _close_generator(result)
-            raise TypeError(
-                f"{what} cannot be pickled, it is a generator: call it by "
-                f"handle.options(stream=True)"
-            )
+    async def _send_items(self, call: StreamCall, result: Any, what: str) -> None:
         if not is_stream(result):
             raise TypeError(
                 f"{what} is no generator but of type {type(result).__name__}: call it "
@@ -619,6 +622,15 @@ def _was_cancelled(error: BaseException) -> bool:
     task = asyncio.current_task()
     assert task is not None
     return isinstance(error, asyncio.CancelledError) and task.cancelling() > 0
+
+
+def _pack_result(result: Any, what: str) -> Packed:
+    if is_stream(result):
+        raise TypeError(
+            f"{what} cannot be pickled, it is a generator: call it by "
+            f"handle.options(stream=True)"
+        )
+    return packing.pack(result, what=what)
 
 
 async def _close_generator(result: Any) -> None:

@@ -25,6 +25,8 @@ from daskserve.replica.sync_thread import SyncThread
 
 #: Where an object keeps what ``@serve.multiplexed`` has loaded, each with ``clear()``.
 MODELS = "_daskserve_models"
+#: Results that nobody can change.
+_LASTING = frozenset({type(None), bool, int, float, str, bytes})
 #: What the end of a sync generator is told by.
 _END = object()
 
@@ -167,19 +169,34 @@ class Servable:
 
     # Calls.
 
-    async def answer(self, request: Request) -> Any:
-        """Answer an HTTP request by ``__call__``, which may take it or nothing."""
+    async def answer(self, request: Request, finish: Callable[[Any], Any]) -> Any:
+        """Answer an HTTP request by ``__call__``, which may take it or nothing.
+
+        `finish` is as for `call`.
+        """
         if not callable(self.object):
             raise TypeError(
                 f"Deployment {self._spec.deployment!r} cannot answer HTTP: its class "
                 f"has neither __call__ nor @serve.ingress(app)."
             )
-        return await self.call("__call__", (request,), {})
+        return await self.call("__call__", (request,), {}, finish)
 
     async def call(
-        self, method_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        method_name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        finish: Callable[[Any], Any] | None = None,
     ) -> Any:
         """Call a method by name; one that takes nothing is called with nothing.
+
+        Parameters
+        ----------
+        method_name, args, kwargs
+            What is called.
+        finish
+            Makes of the result what is returned, before the next call of a sync method
+            may change it.
 
         Raises
         ------
@@ -192,7 +209,7 @@ class Servable:
             takes = self._takes_arguments[method_name] = _takes_arguments(method)
         if not takes:
             args, kwargs = (), {}
-        return await self._invoke(method, args, kwargs)
+        return await self._invoke(method, args, kwargs, finish)
 
     async def iterate(
         self, result: Iterator[Any] | AsyncIterator[Any]
@@ -236,15 +253,24 @@ class Servable:
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        finish: Callable[[Any], Any] | None = None,
     ) -> Any:
         """Call user code, sync code on its thread, and await what it returns."""
         bare = _bare(function)
         if inspect.iscoroutinefunction(bare):
-            return await function(*args, **kwargs)
-        if inspect.isgeneratorfunction(inspect.unwrap(bare)):
-            return function(*args, **kwargs)  # its body runs when it is iterated
-        result = await self._run_sync(functools.partial(function, *args, **kwargs))
-        return await result if inspect.isawaitable(result) else result
+            result = await function(*args, **kwargs)
+        elif inspect.isgeneratorfunction(inspect.unwrap(bare)):
+            result = function(*args, **kwargs)  # its body runs when it is iterated
+        else:
+            call = functools.partial(function, *args, **kwargs)
+            if finish is not None:
+                call = functools.partial(_finished, call, finish)
+            result = await self._run_sync(call)
+            if type(result) is _Finished:
+                return result.value
+            if type(result) not in _LASTING and inspect.isawaitable(result):
+                result = await result
+        return result if finish is None else finish(result)
 
     async def _run_sync(self, call: Callable[[], Any]) -> Any:
         if self._thread is None:
@@ -264,6 +290,23 @@ class Servable:
     def _forget_deserted(self) -> None:
         self.deserted -= 1
         self._deserted_ended()
+
+
+class _Finished:
+    """What became of the result of a sync call, on its thread."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _finished(call: Callable[[], Any], finish: Callable[[Any], Any]) -> Any:
+    """Call sync user code, and finish what the next call might change."""
+    result = call()
+    if type(result) in _LASTING or inspect.isawaitable(result):
+        return result  # the loop has more time than the one thread
+    return _Finished(finish(result))
 
 
 def _bare(function: Callable[..., Any]) -> Callable[..., Any]:

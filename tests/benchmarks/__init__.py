@@ -26,8 +26,8 @@ all raw figures, and is written whatever happens. ``--list`` prints the rows' na
     Dask's) in another worker, which awaits them.
 
 ``handles/arrays/{method}/{size}``
-    An array from the client to such a method, one at a time (``take``), and back as well
-    (``echo``).
+    An array from the client to such a method, one at a time (``take``), and back as
+    well (``echo``).
 
 ``bodies/{direction}/{size}/{where}``
     Bodies one at a time, as often as there is time, at least once; a new connection for
