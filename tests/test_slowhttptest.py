@@ -19,7 +19,7 @@ from tests.utils import need_program, poll
 __all__ = ["spare", "start"]  # fixtures
 
 CONNECTIONS = 1000
-SECONDS = 8
+SECONDS = 5
 #: What each attack is, as options of slowhttptest.
 ATTACKS = {
     "headers": ["-H", "-i", "2"],
@@ -72,7 +72,7 @@ def test_a_thousand_slow_clients(
     start: Callable[..., Site], tmp_path: Path, attack: str
 ) -> None:
     program = need_program("slowhttptest")
-    site = start(header_timeout_s=4, stall_timeout_s=4, request_timeout_s=6)
+    site = start(header_timeout_s=2, stall_timeout_s=2, request_timeout_s=3)
     target = site.deploy(upload if attack == "body" else page)
     visitor = Visitor(site.at(site.deploy(quick)))
 
