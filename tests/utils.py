@@ -216,9 +216,10 @@ class ProcessCluster:
         return worker
 
     def wait_for_workers(self, count: int, timeout: float | None = None) -> None:
-        """Wait until the scheduler knows exactly `count` workers."""
+        """Wait until the scheduler knows exactly `count` workers, and all are set up."""
         with self.client(set_as_default=False) as client:
-            poll(lambda: self._running() and _count(client) == count, timeout or 30)
+            wanted = ["running"] * count
+            poll(lambda: self._running() and _states(client) == wanted, timeout or 30)
 
     def kill(self, worker: Process) -> None:
         """Kill a worker, and its nanny, as a machine that loses power would."""
@@ -318,8 +319,9 @@ def _temporary_directory() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="daskserve-test-")
 
 
-def _count(client: Client) -> int:
-    return len(client.scheduler_info(n_workers=-1)["workers"])
+def _states(client: Client) -> list[str]:
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    return [worker["status"] for worker in workers]
 
 
 def _environment(env: Mapping[str, str], directory: Path) -> dict[str, str]:
