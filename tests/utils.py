@@ -216,7 +216,7 @@ class ProcessCluster:
         return worker
 
     def wait_for_workers(self, count: int, timeout: float | None = None) -> None:
-        """Wait until the scheduler knows exactly `count` workers, and all are set up."""
+        """Wait until the scheduler knows exactly `count` workers, all set up."""
         with self.client(set_as_default=False) as client:
             wanted = ["running"] * count
             poll(lambda: self._running() and _states(client) == wanted, timeout or 30)
