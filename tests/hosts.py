@@ -69,12 +69,17 @@ class Host:
             self.run("ip", "rule", "del", *rule)
 
 
-@contextmanager
-def open_hosts(count: int) -> Iterator[list[Host]]:
-    """Make hosts that reach one another and this machine; skip where that cannot be."""
+def need_hosts() -> None:
+    """Skip a test where there can be no hosts."""
     need_program("ip")
     if os.geteuid() != 0:
         pytest.skip("only root can make network namespaces")
+
+
+@contextmanager
+def open_hosts(count: int) -> Iterator[list[Host]]:
+    """Make hosts that reach one another and this machine; skip where that cannot be."""
+    need_hosts()
     pid = os.getpid()
     bridge = f"ds{pid}"
     with ExitStack() as stack:
@@ -115,13 +120,13 @@ class HostCluster(ProcessCluster):
     head
         The scheduler's host.
     hosts
-        Of each worker.
+        Of each worker; those that are added later get them in turn.
     **options
-        As of `ProcessCluster`.
+        As of `ProcessCluster`; without nannies by default.
     """
 
     def __init__(self, head: Host, hosts: Sequence[Host], **options: Any) -> None:
-        super().__init__(len(hosts), nanny=False, **options)
+        super().__init__(len(hosts), **{"nanny": False, **options})
         self._head = head
         self._hosts = list(hosts)
 
@@ -131,8 +136,9 @@ class HostCluster(ProcessCluster):
         return self.add_worker(*args)
 
     def _place(self, name: str) -> tuple[list[str], list[str]]:
-        host = self._head if name == "scheduler" else self._hosts[int(name[1:])]
-        return host.command(), []
+        if name == "scheduler":
+            return self._head.command(), []
+        return self._hosts[int(name[1:]) % len(self._hosts)].command(), []
 
 
 def _free_network() -> str:

@@ -17,6 +17,7 @@ import pytest
 from tests.chaos.contract import History, Verdict, judge, judge_all
 from tests.chaos.load import CONNECTIONS, Fate, Load
 from tests.chaos.report import Report
+from tests.hosts import need_hosts
 from tests.utils import ROOT, free_port
 
 #: Processes: one that lives, and two that are killed at 10 s.
@@ -76,6 +77,26 @@ def test_killed_proxies_and_outages(outcome: str) -> None:
     excused = Verdict.BREACH if outcome == "hung" else Verdict.FAILED
     assert verdict(outages=[(9.8, 9.9)]) == excused
     assert verdict(outages=[(8.0, 9.0), (10.3, 11.0)]) == Verdict.BREACH
+
+
+@pytest.mark.parametrize(
+    ("what", "begun", "verdict"),
+    [
+        (fate("502"), [DEAD], Verdict.FAILED),
+        (fate("502"), [], Verdict.FAILED),  # it did not get there
+        (fate("502", began=13, ended=14.5), [DEAD], Verdict.FAILED),
+        (fate("502", began=15.5, ended=16), [DEAD], Verdict.BREACH),
+        (fate("502", ended=9.9), [DEAD], Verdict.BREACH),
+        (fate("502"), [ALIVE], Verdict.BREACH),
+        (fate("502", "GET"), [DEAD], Verdict.BREACH),
+        (fate("502", "GET"), [DEAD, DEAD_TOO], Verdict.FAILED),
+        (fate("hung"), [DEAD], Verdict.BREACH),
+        (fate("refused"), [], Verdict.BREACH),
+    ],
+)
+def test_hosts_cut_off(what: Fate, begun: list[int], verdict: Verdict) -> None:
+    cut_off = History(cuts=[(frozenset({DEAD, DEAD_TOO}), 10.0, 14.0)])
+    assert judge(what, begun, cut_off).verdict == verdict
 
 
 def test_answers_of_old_versions() -> None:
@@ -161,8 +182,9 @@ def test_refused_connections(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_short_storm() -> None:
-    command = [sys.executable, "-m", "tests.chaos", "storm", "--seconds", "3"]
-    command += ["--faults", "kill,stop,redeploy,scale,break", "--pause", "0.5"]
+    need_hosts()
+    command = [sys.executable, "-m", "tests.chaos", "storm-on-hosts", "--seconds", "4"]
+    command += ["--faults", "kill,stop,redeploy,scale,break,cut", "--pause", "0.5"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=55)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = re.findall(r"idempotent: (\d+) failed of (\d+)", done.stdout)

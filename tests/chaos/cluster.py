@@ -119,9 +119,10 @@ def open_fleet(
     workers: list[str] | None = None,
     before_deploy: Callable[[], None] = lambda: None,
     num_replicas: int = 2,
+    host: str = "127.0.0.1",
 ) -> Iterator[Fleet]:
     """Serve from a cluster, until the end."""
-    http = {"port": free_port(), "location": location}
+    http = {"host": host, "port": free_port(), "location": location}
     with serve.start(client, detached=True, http_options=http) as instance:
         fleet = Fleet(client, instance, directory, workers)
         before_deploy()

@@ -22,6 +22,8 @@ class History:
 
     #: Processes that were killed, and when.
     kills: dict[int, float] = field(default_factory=dict)
+    #: Processes whose host was cut off, from when until when.
+    cuts: list[tuple[frozenset[int], float, float]] = field(default_factory=list)
     #: When processes were killed that held clients' connections.
     proxy_kills: list[float] = field(default_factory=list)
     #: From when until when nothing need be there to serve.
@@ -102,10 +104,16 @@ def _excuse(fate: Fate, pids: list[int], history: History) -> str | None:
     if fate.outcome not in ("502", "cut"):
         return None
     killed = {pid for pid, at in history.kills.items() if _meanwhile(fate, at, NEWS_S)}
-    if not killed.issuperset(pids):
+    cut: set[int] = set()
+    for there, began, ended in history.cuts:
+        if fate.began <= ended + NEWS_S and began <= fate.ended:
+            cut |= there
+    if not (killed | cut).issuperset(pids):
         return None
     if fate.idempotent:  # a second replica was tried, and lost as well
-        return "in two killed workers" if len(set(pids)) > 1 else None
+        return "in two lost workers" if len(set(pids)) > 1 else None
+    if not killed.issuperset(pids) or (cut and not killed):
+        return "in a worker that was cut off, or on its way"
     if pids:
         return "in the killed worker"
     return "on its way to the killed worker" if killed else None

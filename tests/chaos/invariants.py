@@ -37,12 +37,15 @@ def _in_scheduler(dask_scheduler: Scheduler) -> list[str]:
 def _in_worker(dask_worker: Worker) -> dict[str, Any]:
     process = psutil.Process()
     plugin: Any = dask_worker.plugins["daskserve"]
+    listening = (
+        connection.laddr.port  # in both families, it may be
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    )
     return {
         "pid": process.pid,
         "replicas": sorted(plugin.runners),
-        "listeners": sum(
-            c.status == psutil.CONN_LISTEN for c in process.net_connections("tcp")
-        ),
+        "listeners": len(set(listening)),
     }
 
 

@@ -27,6 +27,7 @@ from tests.chaos.invariants import Memory
 from tests.chaos.load import Load
 from tests.chaos.report import Report
 from tests.chaos.storm import Storm
+from tests.hosts import Host, HostCluster, open_hosts
 from tests.utils import ProcessCluster, free_port, poll
 
 #: Workers hold more replicas than one while others come and go.
@@ -93,6 +94,28 @@ def loaded(
                 report.breaches.append(str(err))
     judged = judge_all(clients.fates(), read_diaries(fleet.diaries), fleet.history)
     report.count(judged, may_fail=may_fail)
+
+
+@contextmanager
+def fleet_on_hosts(
+    options: Options, n_workers: int
+) -> Iterator[tuple[Fleet, HostCluster, list[Host]]]:
+    """Give a fleet whose workers are on hosts of their own; its server is on another.
+
+    Silence is noticed sooner than by default, so that cables need not be out for long.
+    """
+    env = {
+        "DASK_DASKSERVE__TRANSPORT__SILENCE_TIMEOUT": "1.5s",
+        "DASK_DASKSERVE__TRANSPORT__CONNECT_TIMEOUT": "1s",
+    }
+    with (
+        open_hosts(n_workers + 1) as (head, *hosts),
+        open_logs(options),
+        HostCluster(head, hosts, nthreads=THREADS, nanny=True, env=env) as cluster,
+        cluster.client() as client,
+        open_fleet(client, cluster.directory, "HeadOnly", host="0.0.0.0") as fleet,
+    ):
+        yield fleet, cluster, hosts
 
 
 @contextmanager
@@ -358,23 +381,37 @@ def storm(options: Options) -> Iterator[Report]:
     """10 minutes of faults by chance, by `--seed`; at the end nothing may be left."""
     location = random.Random(options.seed).choice(options.locations)
     report = Report(f"storm, {location}, seed {options.seed}")
-    memory = Memory()
     with fleet_of(options, 4, location) as (fleet, cluster):
-        storm = Storm(fleet, cluster, options.seed, options.faults)
-        with loaded(fleet, report, options, may_fail=True, vanishing=0.02):
-            began = time.monotonic()
-            while time.monotonic() < began + options.lasts(600):
-                # Not after a step: to one just killed Dask would connect for long.
-                memory.look(fleet)
-                step = time.monotonic()
-                what = storm.step()
-                print(f"{step - began:7.2f} s: {what}", file=sys.stderr)
-                sleep_until(step + options.pause)
-        report.note(", ".join(f"{kind} {n}" for kind, n in storm.done.items()))
-        invariants.check(fleet, cluster, report)
-        memory.look(fleet)
-        memory.check(report)
+        rage(Storm(fleet, cluster, options.seed, options.faults), report, options)
     yield report
+
+
+@scenario
+def storm_on_hosts(options: Options) -> Iterator[Report]:
+    """As `storm`, with workers on hosts whose cables are pulled, too; for root only."""
+    report = Report(f"storm on hosts, HeadOnly, seed {options.seed}")
+    with fleet_on_hosts(options, 4) as (fleet, cluster, hosts):
+        storm = Storm(fleet, cluster, options.seed, options.faults, hosts)
+        rage(storm, report, options)
+    yield report
+
+
+def rage(storm: Storm, report: Report, options: Options) -> None:
+    """Let a storm rage for 10 minutes, under load; then look for what it has left."""
+    fleet, cluster, memory = storm.fleet, storm.cluster, Memory()
+    with loaded(fleet, report, options, may_fail=True, vanishing=0.02):
+        began = time.monotonic()
+        while time.monotonic() < began + options.lasts(600):
+            # Not after a step: to one just killed Dask would connect for long.
+            memory.look(fleet)
+            step = time.monotonic()
+            what = storm.step()
+            print(f"{step - began:7.2f} s: {what}", file=sys.stderr)
+            sleep_until(step + options.pause)
+    report.note(", ".join(f"{kind} {n}" for kind, n in storm.done.items()))
+    invariants.check(fleet, cluster, report)
+    memory.look(fleet)
+    memory.check(report)
 
 
 @scenario

@@ -6,13 +6,14 @@ import os
 import random
 import signal
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import daskserve as serve
 from daskserve.exceptions import DeploymentFailedError
 from tests.chaos import faults
 from tests.chaos.app import Broken
 from tests.chaos.cluster import NAME, Fleet
+from tests.hosts import Host
 from tests.utils import Process, ProcessCluster, poll
 
 #: What may happen, and how often beside the others.
@@ -26,6 +27,8 @@ WEIGHTS = {
     "break": 2,
     "restart": 1,
 }
+#: Where workers have hosts of their own, their cables are pulled, too.
+WEIGHTS_ON_HOSTS = {**WEIGHTS, "cut": 4}
 #: It is stopped at times, but neither killed nor sent away: memory is watched there.
 VETERAN = "w0"
 
@@ -41,6 +44,8 @@ class Storm:
         Of what is done, and to whom.
     kinds
         What is done at all; none: everything.
+    hosts
+        Of the workers, if they have their own.
     """
 
     def __init__(
@@ -49,23 +54,26 @@ class Storm:
         cluster: ProcessCluster,
         seed: int,
         kinds: Collection[str] = (),
+        hosts: Sequence[Host] = (),
     ) -> None:
-        self._fleet = fleet
-        self._cluster = cluster
+        self.fleet = fleet
+        self.cluster = cluster
         self._random = random.Random(seed)
         self._num_replicas = 2
+        self._hosts = hosts
+        self._weights = WEIGHTS_ON_HOSTS if hosts else WEIGHTS
         #: What was done, and how often.
-        self.done = dict.fromkeys(kinds or WEIGHTS, 0)
+        self.done = dict.fromkeys(kinds or self._weights, 0)
 
     def step(self) -> str:
         """Do something; return what."""
-        weights = [WEIGHTS[kind] for kind in self.done]
+        weights = [self._weights[kind] for kind in self.done]
         (kind,) = self._random.choices(list(self.done), weights)
         self.done[kind] += 1
         return f"{kind} {getattr(self, f'_{kind}')() or ''}".strip()
 
     def _kill(self) -> str:
-        fleet = self._fleet
+        fleet = self.fleet
         address, name = self._choose()
         pid = fleet.pids()[address]
         proxies = fleet.proxies()
@@ -76,35 +84,49 @@ class Storm:
         return f"{name} {address} ({pid})"
 
     def _stop(self) -> str:
-        address, pid = self._random.choice(sorted(self._fleet.pids().items()))
+        address, pid = self._random.choice(sorted(self.fleet.pids().items()))
         seconds = self._random.uniform(0.5, 3)
         os.kill(pid, signal.SIGSTOP)
         time.sleep(seconds)
         os.kill(pid, signal.SIGCONT)
         return f"{address} ({pid}) for {seconds:.1f} s"
 
+    def _cut(self) -> str:
+        host = self._random.choice(self._hosts)
+        seconds = self._random.uniform(0.3, 4)
+        pids = self.fleet.pids().items()
+        there = frozenset(pid for address, pid in pids if f"{host.address}:" in address)
+        began = time.monotonic()
+        host.cut()
+        try:
+            time.sleep(seconds)
+        finally:
+            host.restore()
+            self.fleet.history.cuts.append((there, began, time.monotonic()))
+        return f"{host.address} ({len(there)} workers) for {seconds:.1f} s"
+
     def _retire(self) -> str:
         address, name = self._choose()
         process = self._process(name)
-        faults.add_worker(self._fleet, self._cluster, nanny=True)
-        faults.retire(self._fleet, address)
-        self._cluster.workers.remove(process)
+        faults.add_worker(self.fleet, self.cluster, nanny=True)
+        faults.retire(self.fleet, address)
+        self.cluster.workers.remove(process)
         process.wait(faults.LEAVE_S)
         return f"{name} {address}"
 
     def _leave(self) -> str:
         address, name = self._choose()
-        faults.add_worker(self._fleet, self._cluster, nanny=True)
-        self._cluster.terminate(self._process(name), faults.LEAVE_S)
+        faults.add_worker(self.fleet, self.cluster, nanny=True)
+        self.cluster.terminate(self._process(name), faults.LEAVE_S)
         return f"{name} {address}"
 
     def _redeploy(self) -> str:
-        self._fleet.deploy(self._num_replicas)
-        return f"version {self._fleet.version}"
+        self.fleet.deploy(self._num_replicas)
+        return f"version {self.fleet.version}"
 
     def _scale(self) -> str:
         self._num_replicas = self._random.randrange(1, 5)
-        self._fleet.deployment(self._num_replicas).deploy()
+        self.fleet.deployment(self._num_replicas).deploy()
         return str(self._num_replicas)
 
     def _break(self) -> None:
@@ -117,18 +139,18 @@ class Storm:
 
     def _restart(self) -> None:
         began = time.monotonic()
-        faults.restart(self._fleet)
-        self._fleet.wait_for_strength(30)
-        self._fleet.history.outages.append((began, time.monotonic()))
+        faults.restart(self.fleet)
+        self.fleet.wait_for_strength(30)
+        self.fleet.history.outages.append((began, time.monotonic()))
 
     def _choose(self) -> tuple[str, str]:
         """Return a worker's address and name; nannies may be bringing all back."""
 
         def others() -> list[tuple[str, str]]:
-            names = self._fleet.names().items()
+            names = self.fleet.names().items()
             return sorted((a, n) for a, n in names if n != VETERAN)
 
         return self._random.choice(poll(others, 30))
 
     def _process(self, name: str) -> Process:
-        return next(p for p in self._cluster.workers if p.name == name)
+        return next(p for p in self.cluster.workers if p.name == name)
