@@ -324,6 +324,10 @@ def test_doubt_lasts_until_the_worker_answers() -> None:
             pipe.abort()
         await until(lambda: silent.messages)
         await asyncio.sleep(2 * dispatcher.RECONNECT_S)
+        # A snapshot says nothing of that.
+        news = snapshot((1, place), max_ongoing=7)
+        news["deployments"]["D"]["replicas"][0][3] = replica.address.to_message()
+        made.update(2, news)
         assert channel.is_open and not slot.reachable  # dead, for all that is known
         del place.replicas[NOBODY]
         for comm in place.comms:
@@ -332,6 +336,29 @@ def test_doubt_lasts_until_the_worker_answers() -> None:
         await until(lambda: slot.reachable)
         assert (await call(made))[0] == RESULT
         assert channel.idle
+
+    dispatching(test)
+
+
+def test_what_a_lost_worker_had_goes_to_another_worker() -> None:
+    async def test(made: Dispatcher, replica: Replica, place: Place) -> None:
+        await until(lambda: made._direct[1].is_open)
+        neighbour = place.replicas[2] = StandIn(keep)
+        news = snapshot((1, place), (2, place), max_ongoing=1)
+        news["deployments"]["D"]["replicas"][0][3] = replica.address.to_message()
+        made.update(2, news)
+        replica.answer = keep
+        asked = [asyncio.ensure_future(call(made, retry=True)) for _ in range(2)]
+        await until(lambda: replica.messages and neighbour.messages)
+        # The controller may know before our connections end.
+        made.worker_lost(place.address)
+        await asyncio.sleep(0.05)
+        assert not any(asking.done() for asking in asked)
+        other = await Place({3: StandIn()}).start()
+        made.update(3, snapshot((3, other)))
+        assert [(await asking)[0] for asking in asked] == [RESULT, RESULT]
+        assert len(replica.messages) + len(neighbour.messages) == 2
+        other.stop()
 
     dispatching(test)
 

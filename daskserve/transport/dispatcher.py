@@ -158,6 +158,8 @@ class Dispatcher:
         #: those of deployments that are not wanted, and of which deployment each is.
         self._on_worker: dict[str, dict[int, Slot]] = {}
         self._group_of: dict[int, Group] = {}
+        #: Workers that are lost for all that is known, though a connection stands.
+        self._doubted: set[str] = set()
         self._context = context
         self._watch = SilenceWatch(loop, silence_s)
         #: Direct connections, and the addresses of all there could be, by replica.
@@ -206,6 +208,7 @@ class Dispatcher:
             if info is not group.info:
                 self._update_group(group, info)
         self._drop_idle_channels()
+        self._doubted &= self._on_worker.keys()
         self.loads.follow(deployments)
         for listener in self.listeners:
             listener(snapshot)
@@ -288,6 +291,9 @@ class Dispatcher:
         if replicas is not None:
             self._replicas_lost(address, replicas)
             return
+        # Before anything fails: what is tried again is not to go to a neighbour there.
+        self._doubted.add(address)
+        self._set_reachable(address, False)
         channel = self._channels.get(address)
         reason = f"worker {address} left the cluster"
         if channel is not None:
@@ -447,7 +453,7 @@ class Dispatcher:
         if channel is None:
             self._open(slot.worker)
             return False
-        return channel.is_open
+        return channel.is_open and slot.worker not in self._doubted
 
     def _has_channel(self, address: str) -> bool:
         channel = self._channels.get(address)
@@ -463,6 +469,7 @@ class Dispatcher:
     def _channel_opened(self, channel: CommChannel) -> None:
         self._opened.set()
         address = channel.address
+        self._doubted.discard(address)
         reason = f"worker {address} {self._watch.reason}"
         self._watch.add(channel, channel.sock, lambda: channel.close(reason))
         for group in self._set_reachable(address, True):
@@ -534,6 +541,7 @@ class Dispatcher:
         Mostly the process is dead: a request that was in one replica there is not to
         be lost once more in another.
         """
+        self._doubted.add(worker)
         self._set_reachable(worker, False)
         self.loop.call_later(RECONNECT_S, self._probe, worker)
 
@@ -557,6 +565,7 @@ class Dispatcher:
         channel.send((CALL, exchange.exchange_id, NOBODY))
 
     def _believe(self, worker: str) -> None:
+        self._doubted.discard(worker)
         for replica_id, slot in self._on_worker.get(worker, {}).items():
             slot.reachable = self._connected(slot)
             self._hand_out(self._group_of[replica_id])
