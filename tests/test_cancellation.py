@@ -34,7 +34,7 @@ from tests.test_http import (
 __all__ = ["notes"]  # a fixture
 
 #: Requests in each of the two rounds; more for a thorough run by hand.
-N_REQUESTS = int(os.environ.get("DASKSERVE_FUZZ_REQUESTS", "3000"))
+N_REQUESTS = int(os.environ.get("DASKSERVE_FUZZ_REQUESTS", "5000"))
 N_CLIENTS = 100
 #: In the place of a status: the connection was closed in the middle of the answer.
 CUT = 0

@@ -30,7 +30,7 @@ N_STREAMS = 200
 INTERVAL_S = 1.0
 #: Times without and with the streams, in turn.
 N_SLICES = int(os.environ.get("DASKSERVE_STREAMS_SLICES", "2"))
-SLICE_S = 2.0
+SLICE_S = 3.0
 #: HTTP requests for each second.
 HTTP_RATE = 150
 
