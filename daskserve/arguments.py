@@ -87,8 +87,8 @@ def _send_when_done(
     client.loop.add_callback(wait_and_send)
 
 
-async def _near(client: Any, futures: list[Future[Any]]) -> tuple[str, ...]:
-    """Return the workers that have most of the bytes, the best ones first."""
+async def _near(client: Any, futures: list[Future[Any]]) -> tuple[dict[str, int], int]:
+    """Return how many bytes are on which workers, and how many there are."""
     keys = [future.key for future in futures]
     who_has = await client.scheduler.who_has(keys=keys)
     sizes = await client.scheduler.nbytes(keys=keys, summary=False)
@@ -96,4 +96,4 @@ async def _near(client: Any, futures: list[Future[Any]]) -> tuple[str, ...]:
     for key, workers in who_has.items():
         for worker in workers:
             there[worker] += sizes.get(key, 0)
-    return tuple(worker for worker, _ in there.most_common(3))
+    return dict(there), sum(sizes.get(key, 0) for key in who_has)

@@ -670,8 +670,12 @@ class DeploymentOptions(_Options):
     user_config
         What `reconfigure` gets.
     max_ongoing_requests
-        Requests that a replica works on at once, 1 or more. ``max_concurrent_queries``
-        is an older name of it.
+        Requests that a replica works on at once, 1 or more; None, for async code only,
+        for no limit. ``max_concurrent_queries`` is an older name of it. WebSockets have
+        a limit of their own.
+    max_websockets
+        WebSockets that one replica has open at once, 1 or more; beyond, handshakes are
+        refused at once, with 503.
     max_queued_requests
         Requests that may wait, over all replicas, 0 or more; None, or -1, for no limit.
     resources
@@ -716,7 +720,8 @@ class DeploymentOptions(_Options):
     version: str | None = None
     prev_version: str | None = None
     user_config: Any = Field(default=None, repr=False)
-    max_ongoing_requests: Count = _configured("deployment.max-ongoing-requests")
+    max_ongoing_requests: Count | None = _configured("deployment.max-ongoing-requests")
+    max_websockets: Count = _configured("deployment.max-websockets")
     max_queued_requests: Annotated[int, _whole_number(0)] | None = _configured(
         "deployment.max-queued-requests"
     )

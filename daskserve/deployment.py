@@ -320,6 +320,7 @@ class Deployment:
             route_prefix=options.effective_route_prefix,
             num_replicas=options.num_replicas,
             max_ongoing_requests=options.max_ongoing_requests,
+            max_websockets=options.max_websockets,
             max_queued_requests=options.max_queued_requests,
             resources=options.resources or {},
             workers=options.workers or (),

@@ -198,6 +198,7 @@ class LocalApp:
                     user_config=parts.user_config,
                     config_generation=1,
                     max_ongoing_requests=options.max_ongoing_requests,
+                    max_websockets=options.max_websockets,
                     health_check_period_s=options.health_check_period_s,
                     health_check_timeout_s=options.health_check_timeout_s,
                 )
@@ -235,9 +236,13 @@ class LocalApp:
     def _routing_entry(self, name: str) -> dict[str, Any]:
         options, runners = self._started[name]
         return {
-            "replicas": [[r.spec.replica_id, r.spec.tag, LOCAL, None] for r in runners],
+            "replicas": [
+                [r.spec.replica_id, r.spec.tag, LOCAL, None, r.first_limit]
+                for r in runners
+            ],
             "max_ongoing": options.max_ongoing_requests,
             "max_queued": options.max_queued_requests,
+            "max_websockets": options.max_websockets,
             "timeout_s": options.request_timeout_s,
             "hopeless": False,
         }

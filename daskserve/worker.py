@@ -282,13 +282,13 @@ class ServeWorkerPlugin(WorkerPlugin):
 
     # Comms.
 
-    async def _serve_channel(self, comm: Any) -> None:
+    async def _serve_channel(self, comm: Any, caller: str) -> None:
         if self._closed:
             comm.abort()
             return
         self._channels.add(comm)
         try:
-            await serve_channel(comm, self.runners)
+            await serve_channel(comm, self.runners, caller)
         finally:
             self._channels.discard(comm)
 

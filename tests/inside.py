@@ -33,13 +33,13 @@ async def _in_dispatcher(dispatcher: Dispatcher) -> Open:
     found = _tasks("transport")
     for name, group in dispatcher.groups.items():
         found[f"in flight to {name}"] = group.router.in_flight
-        found[f"waiting for {name}"] = len(group.waiting)
-    for address, channel in dispatcher._channels.items():
+        found[f"waiting for {name}"] = group.waiting
+    for address, channel in dispatcher.connections.channels.items():
         found[f"exchanges with {address}"] = len(channel._exchanges)
-    for replica_id, direct in dispatcher._direct.items():
+    for replica_id, direct in dispatcher.connections.direct.items():
         found[f"exchanges with replica {replica_id}"] = len(direct._exchanges)
-    if dispatcher._local is not None:
-        found["exchanges inside"] = len(dispatcher._local._exchanges)
+    if dispatcher.connections.local is not None:
+        found["exchanges inside"] = len(dispatcher.connections.local._exchanges)
     return found
 
 

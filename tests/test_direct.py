@@ -12,10 +12,11 @@ import pytest
 from distributed import Security
 from distributed.comm.core import connect
 
-from daskserve.transport import direct, dispatcher
+from daskserve.transport import connections, direct
+from daskserve.transport.call import Call
 from daskserve.transport.channel import ConnectionLostError
 from daskserve.transport.direct import DirectAddress, DirectChannel, DirectListener
-from daskserve.transport.dispatcher import Call, Dispatcher
+from daskserve.transport.dispatcher import Dispatcher
 from daskserve.transport.messages import (
     CALL,
     CHUNK,
@@ -51,7 +52,7 @@ async def open_channel(
     address: DirectAddress, context: ssl.SSLContext | None = None
 ) -> DirectChannel:
     channel = DirectChannel(
-        address, "tcp://w:1", context, watch(), lambda channel: None
+        address, "tcp://w:1", context, watch(), lambda channel: None, "me"
     )
     await until(lambda: channel.is_open)
     return channel
@@ -155,7 +156,7 @@ def test_what_is_open_fails_with_the_connection() -> None:
 )
 def test_strangers_get_nowhere(what: str) -> None:
     first = {
-        "wrong secret": msgpack.packb((b"x" * 16,)),
+        "wrong secret": msgpack.packb((b"x" * 16, "me")),
         "no secret": msgpack.packb((CALL, 1, 1, "f", b"")),
         "part": msgpack.packb((PART, 1, 1, 2**40, True, 2**30)),
         "nonsense": b"\xc1\xc1\xc1",
@@ -206,7 +207,9 @@ def test_tls() -> None:
         assert (await exchange.next())[0] == RESULT
         channel.close("done")
         closed: list[DirectChannel] = []
-        DirectChannel(address, "tcp://w:1", None, watch(), closed.append)  # no TLS
+        DirectChannel(
+            address, "tcp://w:1", None, watch(), closed.append, "me"
+        )  # no TLS
         await until(lambda: closed)
         assert not closed[0].greeted
 
@@ -241,6 +244,10 @@ def dispatching(
         made.update(1, news)
         made.connect_ahead()
         await made.connected()
+        for _ in range(connections.OFTEN):  # as then there is a connection of its own
+            assert (await call(made))[0] == RESULT
+        await until(lambda: made.connections.direct)
+        replica.messages.clear()
         await test(made, replica, place)
         await made.close()
         place.stop()
@@ -250,11 +257,11 @@ def dispatching(
 
 def test_direct_connections_are_preferred() -> None:
     async def test(made: Dispatcher, replica: Replica, place: Place) -> None:
-        await until(lambda: made._direct[1].is_open)
+        await until(lambda: made.connections.direct[1].is_open)
         assert (await call(made))[0] == RESULT
         assert sum(replica.batches) == 1  # it came to the replica's own port
         made.update(2, snapshot((1, place)))  # which is gone
-        assert not made._direct
+        assert not made.connections.direct
         assert (await call(made))[0] == RESULT
         assert sum(replica.batches) == 1
 
@@ -264,12 +271,12 @@ def test_direct_connections_are_preferred() -> None:
 def test_comms_carry_what_direct_connections_cannot(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dispatcher, "DIRECT_RETRY_S", 0.05)
+    monkeypatch.setattr(connections, "DIRECT_RETRY_S", 0.05)
 
     async def test(made: Dispatcher, replica: Replica, place: Place) -> None:
-        await until(lambda: made._direct[1].is_open)
+        await until(lambda: made.connections.direct[1].is_open)
         replica.listener.close()
-        await until(lambda: not made._direct)
+        await until(lambda: not made.connections.direct)
         for _ in range(10):  # it is tried again and again, which disturbs nobody
             assert (await call(made))[0] == RESULT
             await asyncio.sleep(0.02)
@@ -281,16 +288,18 @@ def test_comms_carry_what_direct_connections_cannot(
 def test_a_broken_connection_is_made_again() -> None:
     async def test(made: Dispatcher, replica: Replica, place: Place) -> None:
         replica.answer = keep
-        await until(lambda: made._direct[1].is_open)
-        first = made._direct[1]
+        await until(lambda: made.connections.direct[1].is_open)
+        first = made.connections.direct[1]
         lost = asyncio.ensure_future(call(made, retry=True))
         await until(lambda: replica.messages)
         for pipe in list(replica.listener._pipes):
             pipe.abort()
         await until(lambda: len(replica.messages) == 2)  # sent once more
         replica.answer = lambda r, reply_to, m: reply_to.send((RESULT, m[1], b""))
-        await until(lambda: 1 in made._direct and made._direct[1].is_open)
-        assert made._direct[1] is not first
+        await until(
+            lambda: 1 in made.connections.direct and made.connections.direct[1].is_open
+        )
+        assert made.connections.direct[1] is not first
         assert (await call(made))[0] == RESULT
         lost.cancel()
 
@@ -299,7 +308,7 @@ def test_a_broken_connection_is_made_again() -> None:
 
 def test_a_broken_connection_casts_doubt_on_the_whole_worker() -> None:
     async def test(made: Dispatcher, replica: Replica, place: Place) -> None:
-        await until(lambda: made._direct[1].is_open)
+        await until(lambda: made.connections.direct[1].is_open)
         news = snapshot((1, place), (2, place))
         news["deployments"]["D"]["replicas"][0][3] = replica.address.to_message()
         made.update(2, news)
@@ -307,7 +316,7 @@ def test_a_broken_connection_casts_doubt_on_the_whole_worker() -> None:
         assert neighbour.reachable
         for pipe in list(replica.listener._pipes):
             pipe.abort()
-        await until(lambda: not made._direct)
+        await until(lambda: not made.connections.direct)
         assert not neighbour.reachable  # it may have died with the one that is lost
         assert (await call(made))[0] == RESULT  # as soon as it is known to live
 
@@ -316,14 +325,14 @@ def test_a_broken_connection_casts_doubt_on_the_whole_worker() -> None:
 
 def test_doubt_lasts_until_the_worker_answers() -> None:
     async def test(made: Dispatcher, replica: Replica, place: Place) -> None:
-        await until(lambda: made._direct[1].is_open)
-        (channel,) = made._channels.values()
+        await until(lambda: made.connections.direct[1].is_open)
+        (channel,) = made.connections.channels.values()
         slot = made.groups["D"].router.slots[1]
         silent = place.replicas[NOBODY] = StandIn(keep)
         for pipe in list(replica.listener._pipes):
             pipe.abort()
         await until(lambda: silent.messages)
-        await asyncio.sleep(2 * dispatcher.RECONNECT_S)
+        await asyncio.sleep(2 * connections.RECONNECT_S)
         # A snapshot says nothing of that.
         news = snapshot((1, place), max_ongoing=7)
         news["deployments"]["D"]["replicas"][0][3] = replica.address.to_message()
@@ -342,7 +351,7 @@ def test_doubt_lasts_until_the_worker_answers() -> None:
 
 def test_what_a_lost_worker_had_goes_to_another_worker() -> None:
     async def test(made: Dispatcher, replica: Replica, place: Place) -> None:
-        await until(lambda: made._direct[1].is_open)
+        await until(lambda: made.connections.direct[1].is_open)
         neighbour = place.replicas[2] = StandIn(keep)
         news = snapshot((1, place), (2, place), max_ongoing=1)
         news["deployments"]["D"]["replicas"][0][3] = replica.address.to_message()

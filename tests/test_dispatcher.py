@@ -20,8 +20,9 @@ from daskserve.exceptions import (
     ReplicaDiedError,
     RequestTimeoutError,
 )
+from daskserve.transport.call import Call, timeout_error
 from daskserve.transport.channel import ReplyTo, serve_channel
-from daskserve.transport.dispatcher import Call, Dispatcher, timeout_error
+from daskserve.transport.dispatcher import Dispatcher
 from daskserve.transport.messages import (
     CALL,
     CANCEL,
@@ -29,6 +30,7 @@ from daskserve.transport.messages import (
     OP_CHANNEL,
     REFUSED,
     RESULT,
+    ROOM,
     Message,
 )
 
@@ -84,8 +86,9 @@ class Place:
 
     async def _handle(self, comm: Any) -> None:
         self.comms.append(comm)
-        assert (await comm.read())["op"] == OP_CHANNEL
-        await serve_channel(comm, self.replicas)
+        hello = await comm.read()
+        assert hello["op"] == OP_CHANNEL
+        await serve_channel(comm, self.replicas, hello["caller"])
 
     def cut(self) -> None:
         """Break all connections, as a dying process does."""
@@ -101,9 +104,10 @@ def snapshot(
     *replicas: tuple[int, Place], name: str = "D", **changes: Any
 ) -> dict[str, Any]:
     info = {
-        "replicas": [[i, f"{name}#{i}", place.address, None] for i, place in replicas],
+        "replicas": [[i, f"{name}#{i}", p.address, None, None] for i, p in replicas],
         "max_ongoing": 10,
         "max_queued": None,
+        "max_websockets": 10,
         "timeout_s": None,
         "hopeless": False,
         "version": None,
@@ -154,16 +158,16 @@ def test_connections_are_made_when_there_is_something_to_send() -> None:
         both["deployments"] |= snapshot((2, places[1]), name="E")["deployments"]
         dispatcher.update(1, both)
         await dispatcher.connected()
-        assert not dispatcher._channels
+        assert not dispatcher.connections.channels
         # Nothing is open yet, and still there is room: these are not in a queue.
         answers = [asyncio.ensure_future(ask(dispatcher)) for _ in range(10)]
         await asyncio.sleep(0)
         with pytest.raises(QueueFullError):
             await ask(dispatcher)
         await asyncio.gather(*answers)
-        assert list(dispatcher._channels) == [places[0].address]
+        assert list(dispatcher.connections.channels) == [places[0].address]
         await ask(dispatcher, name="E")
-        assert len(dispatcher._channels) == 2
+        assert len(dispatcher.connections.channels) == 2
         for place in places:
             place.stop()
 
@@ -345,7 +349,7 @@ def test_what_is_sent_when_the_connection_broke_is_dropped() -> None:
         dispatcher.update(1, snapshot((1, place)))
         dispatcher.connect_ahead()
         await dispatcher.connected()
-        channel = dispatcher._channels[place.address]
+        channel = dispatcher.connections.channels[place.address]
         while not place.comms:
             await asyncio.sleep(0.005)
         place.cut()
@@ -532,7 +536,9 @@ def test_a_local_replica_needs_no_connection() -> None:
             inboxes={1: near},
         )
         both = snapshot((2, place))
-        both["deployments"]["D"]["replicas"].append([1, "D#1", "tcp://here:1", None])
+        both["deployments"]["D"]["replicas"].append(
+            [1, "D#1", "tcp://here:1", None, None]
+        )
         dispatcher.update(1, both)
         for _ in range(10):
             assert (await ask(dispatcher))[0] == RESULT
@@ -563,12 +569,11 @@ def test_who_was_refused_keeps_its_turn() -> None:
         tasks = [asyncio.ensure_future(one(n)) for n in range(6)]
         group = dispatcher.groups["D"]
         async with asyncio.timeout(10):
-            while len(replica.messages) < 3 or len(group.waiting) < 6:
+            while len(replica.messages) < 3 or group.waiting < 6:
                 await asyncio.sleep(0.001)
-        numbers = [call.number for call in group.waiting]
-        assert numbers == sorted(numbers)
         replica.answer = echo
-        dispatcher._has_room(1)  # for one, and long before the pause is over
+        # For one, and long before the pause is over.
+        dispatcher._take_notice((ROOM, 0, 1))
         async with asyncio.timeout(10):
             await asyncio.gather(*tasks)
         assert order == list(range(6))

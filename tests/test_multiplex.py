@@ -173,7 +173,10 @@ def test_all_callers_send_a_model_to_the_same_replica_and_spread_models() -> Non
     one, other = router(8, 100), router(8, 100)
     found: Counter[int] = Counter()
     for n in range(800):
-        slot, same = one.choose(0, None, f"m{n}"), other.choose(0, None, f"m{n}")
+        slot, same = (
+            one.choose_for_model(f"m{n}", 0),
+            other.choose_for_model(f"m{n}", 0),
+        )
         assert slot is not None and same is not None
         assert slot.replica_id == same.replica_id
         found[slot.replica_id] += 1
@@ -183,7 +186,7 @@ def test_all_callers_send_a_model_to_the_same_replica_and_spread_models() -> Non
     slots = [slot for slot in other.slots.values() if slot.replica_id != gone]
     other.update(slots, 100)
     for n in range(800):
-        slot, now = one.choose(0, None, f"m{n}"), other.choose(0, None, f"m{n}")
+        slot, now = one.choose_for_model(f"m{n}", 0), other.choose_for_model(f"m{n}", 0)
         assert slot is not None and now is not None
         assert slot.replica_id in (now.replica_id, gone)
 
@@ -192,10 +195,10 @@ def test_a_full_replica_sends_its_models_to_the_next_one() -> None:
     made = router(3, 2)
     found = []
     for _ in range(7):
-        slot = made.choose(0, None, "a")
+        slot = made.choose_for_model("a", 0)
         found.append(None if slot is None else slot.replica_id)
         if slot is not None:
-            slot.in_flight += 1
+            made.begin(slot)
     assert found[6] is None
     assert [found.count(n) for n in range(3)] == [2, 2, 2]
     assert found[0] == found[1] and found[2] == found[3]

@@ -64,6 +64,8 @@ HEAD = (
 class Caller:
     """A caller's end of a channel that keeps what comes."""
 
+    caller = "me"
+
     def __init__(self) -> None:
         self.messages: list[Message] = []
 

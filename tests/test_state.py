@@ -247,6 +247,7 @@ def test_first_deploy(rig: Rig) -> None:
         "replicas": [],
         "max_ongoing": 10,
         "max_queued": None,
+        "max_websockets": 1000,
         "timeout_s": None,
         "hopeless": False,
     }
@@ -258,7 +259,7 @@ def test_first_deploy(rig: Rig) -> None:
     assert rig.start(1) == []
     # Routed as they come, for there is no former version.
     assert rig.routes == {"/f": "f"}
-    assert rig.entry()["replicas"] == [[1, "f#000000", address(1), None]]
+    assert rig.entry()["replicas"] == [[1, "f#000000", address(1), None, None]]
     assert rig.start(2) == [Settle(ticket)]
     assert rig.routed() == [1, 2]
     assert rig.status()["state"] == "HEALTHY"
@@ -1647,7 +1648,7 @@ class Walk:
         for prefix, name in routing["routes"].items():
             assert prefix == f"/{name}"
         for entry in routing["deployments"].values():
-            for replica_id, tag, worker, _ in entry["replicas"]:
+            for replica_id, tag, worker, *_ in entry["replicas"]:
                 actor = self.actors[replica_id]
                 assert (tag, worker) == (actor.tag, actor.worker)
                 assert worker in self.rig.views

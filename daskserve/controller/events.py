@@ -44,6 +44,7 @@ def started(
     pid: int | None,
     now: float,
     direct: list[Any] | None = None,
+    limit: int | None = None,
 ) -> None:
     """Note that the constructor, and the first reconfigure, are done.
 
@@ -59,11 +60,13 @@ def started(
         Time in seconds.
     direct
         Host, port and secret of its own port, if it has one.
+    limit
+        How many requests to send it before it has said more; None: as many as may be.
     """
     if replica.state != ReplicaState.STARTING:
         return
     d.at_rest = False
-    replica.direct = direct
+    replica.direct, replica.first_limit = direct, limit
     replica.pid = replica.pid if pid is None else pid
     replica.enter(ReplicaState.RUNNING, "", now)
     d.exposed = d.exposed or replica in d.routable()

@@ -315,9 +315,12 @@ class Instance:
         if event == "initializing":
             self._state.replica_initializing(replica_id, pid=news["pid"], now=now)
         elif event == "started":
-            direct = news["direct"]
             self._state.replica_started(
-                replica_id, now=now, pid=news["pid"], direct=direct
+                replica_id,
+                now=now,
+                pid=news["pid"],
+                direct=news["direct"],
+                limit=news["limit"],
             )
         elif event == "failed":
             self._state.replica_failed(replica_id, news["text"], now=now)

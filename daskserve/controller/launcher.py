@@ -114,6 +114,7 @@ class Launcher:
             user_config=action.spec.user_config,
             config_generation=action.config_generation,
             max_ongoing_requests=action.spec.max_ongoing_requests,
+            max_websockets=action.spec.max_websockets,
             health_check_period_s=action.spec.health_check_period_s,
             health_check_timeout_s=action.spec.health_check_timeout_s,
         )

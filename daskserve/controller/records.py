@@ -30,7 +30,7 @@ class Spec:
     num_replicas
         How many replicas should run.
     max_ongoing_requests
-        Requests that one replica takes at a time.
+        Requests that one replica takes at a time. None: no limit.
     max_queued_requests
         Requests that may wait at one caller. None: no limit.
     resources
@@ -58,6 +58,8 @@ class Spec:
     autoscaling
         An `AutoscalingConfig` as a dict, if `num_replicas` follows the load: then that
         is how many are wanted now.
+    max_websockets
+        WebSockets that one replica has open at a time.
     """
 
     name: str
@@ -67,7 +69,7 @@ class Spec:
     user_config: bytes | None
     route_prefix: str | None
     num_replicas: int
-    max_ongoing_requests: int
+    max_ongoing_requests: int | None
     max_queued_requests: int | None
     resources: Mapping[str, float]
     workers: tuple[str, ...]
@@ -81,6 +83,7 @@ class Spec:
     app: str | None = None
     app_place: int = 0
     autoscaling: Mapping[str, Any] | None = None
+    max_websockets: int = 1000
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> Self:
@@ -218,6 +221,8 @@ class Replica:
     pid: int | None = None
     #: Host, port and secret of its own port, for those who can reach it.
     direct: list[Any] | None = None
+    #: How many requests to send it before it has said more; None: as many as may be.
+    first_limit: int | None = None
     #: Whether its constructor has begun.
     initializing: bool = False
     #: Whether it has not yet answered to its last ``ReconfigureReplica``.

@@ -38,9 +38,12 @@ def _routing_entry(d: ManagedDeployment) -> dict[str, Any]:
     spec = d.routed.spec
     replicas = sorted(d.routable(), key=lambda r: r.replica_id)
     entry = {
-        "replicas": [[r.replica_id, r.tag, r.worker, r.direct] for r in replicas],
+        "replicas": [
+            [r.replica_id, r.tag, r.worker, r.direct, r.first_limit] for r in replicas
+        ],
         "max_ongoing": spec.max_ongoing_requests,
         "max_queued": spec.max_queued_requests,
+        "max_websockets": spec.max_websockets,
         "timeout_s": spec.request_timeout_s,
         # Nothing comes any more: requests need not wait for a replica.
         "hopeless": not d.upkeep(),

@@ -259,6 +259,7 @@ class ControllerState:
         now: float,
         pid: int | None = None,
         direct: list[Any] | None = None,
+        limit: int | None = None,
     ) -> None:
         """Note that a replica can take requests.
 
@@ -272,9 +273,12 @@ class ControllerState:
             Its process, if not told before.
         direct
             Host, port and secret of its own port, if it has one.
+        limit
+            How many requests to send it before it has said more; None: as many as may
+            be.
         """
         if found := self._find(replica_id):
-            events.started(*found, pid, now, direct)
+            events.started(*found, pid, now, direct, limit)
 
     def replica_failed(self, replica_id: int, text: str, *, now: float) -> None:
         """Note that a replica's constructor or first reconfigure raised.
@@ -556,7 +560,8 @@ class ControllerState:
         -------
         dict
             ``routes`` (name by prefix) and ``deployments`` (by name: ``replicas`` as
-            lists of number, tag and worker, ``max_ongoing``, ``max_queued``,
+            lists of number, tag, worker, own port and first limit, ``max_ongoing``,
+            ``max_queued``, ``max_websockets``,
             ``timeout_s``, ``hopeless``). Plain values in a fixed
             order that depend on no clock: equal as long as nothing changes.
         """

@@ -13,7 +13,7 @@ from starlette.types import Receive
 from daskserve.config import HTTPOptions
 from daskserve.exceptions import RequestError, RequestTooLargeError
 from daskserve.proxy.request import RequestInfo
-from daskserve.transport.dispatcher import Call, timeout_error
+from daskserve.transport.call import Call, timeout_error
 from daskserve.transport.messages import BODY, MAX_CHUNK_BYTES
 
 #: A request that is answered sooner is not watched at all.

@@ -1,9 +1,9 @@
 """The quick way of a request through a proxy: callbacks, and no task of its own.
 
-Runs on the transport loop. Most requests come whole, find a replica with room and are
-answered in one message. These are forwarded while they are parsed, and answered when
-the message comes. All others go the ordinary way (`front`, the middlewares,
-`forwarder`), from where they are: a call that has begun is not begun again.
+Runs on the transport loop. Most requests come whole and are answered in one message, at
+once or after a wait for a replica. These are forwarded while they are parsed, and
+answered when the message comes. All others go the ordinary way (`front`, the
+middlewares, `forwarder`), from where they are: what has begun is not begun again.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
+from daskserve.exceptions import RequestError
 from daskserve.proxy.forwarded import FORWARDED_NAMES, ForwardedHeaders
-from daskserve.proxy.forwarder import Forwarder, Forwarding
+from daskserve.proxy.forwarder import Forwarder, Forwarding, error_response
 from daskserve.proxy.front import Front, access_logger, log_access
 from daskserve.proxy.request import FULL_KEY, SCOPE_KEY, RequestInfo
-from daskserve.transport.dispatcher import timeout_error
-from daskserve.transport.messages import RESPONSE, Headers, Message
+from daskserve.transport.call import timeout_error
+from daskserve.transport.messages import REFUSED, RESPONSE, Headers, Message
 
 #: Timeouts that are shorter have a timer of their own, for others a sweep will do.
 EXACT_TIMEOUT_S = 10.0
@@ -71,8 +72,12 @@ class Express:
             return None
         forwarding.body = body
         request = ExpressRequest(self, connection, scope, forwarding, keep_alive)
-        if not forwarding.call.begin_now(forwarding.make, request.news):
-            return None
+        try:
+            if not forwarding.call.begin(forwarding.make, request.news):
+                return None
+        except RequestError as err:
+            request.refuse(err)
+            return request
         self.running.add(request)
         connection.on_lost = request.lost
         if forwarding.deadline is not None:
@@ -147,14 +152,27 @@ class ExpressRequest:
         if self.disconnected:
             return self.lost()
         connection, call = self._connection, self.forwarding.call
-        message = call.peek()
+        message, failure = call.peek(), call.failure
         if message is not None and message[0] == RESPONSE:
             if not connection.flow.write_paused and self._answer(message):
                 return None
+        elif message is not None and message[0] == REFUSED:
+            try:
+                return call.try_again(message[2])
+            except RequestError as err:
+                failure = err
+        if isinstance(failure, RequestError) and not connection.flow.write_paused:
+            call.cancel()
+            return self.refuse(failure)
         self._leave()
         call.stop_listening()
         connection.take_over(self, self._scope, self.forwarding.body)
         return None
+
+    def refuse(self, error: RequestError) -> None:
+        """Answer that the request could not be served."""
+        status, headers, body = error_response(self._info, error)
+        self._write(status, _lines(headers, len(body)) or [], body)
 
     def lost(self) -> None:
         """Note that the client has gone."""
@@ -179,12 +197,16 @@ class ExpressRequest:
         head_only = self.forwarding.head[0] == "HEAD"
         if lines is None or ((status in _NO_BODY or head_only) and body):
             return False
+        self._write(status, lines, body)
+        return True
+
+    def _write(self, status: int, lines: list[bytes], body: bytes) -> None:
         connection, info = self._connection, self._info
         self._leave()
         lines += (
             b"x-request-id: %s\r\n" % info.request_id.encode(),
             b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n",
-            body,
+            b"" if self.forwarding.head[0] == "HEAD" else body,
         )
         defaults = self._express.default_lines(connection.server_state.default_headers)
         info.status = status
@@ -194,7 +216,6 @@ class ExpressRequest:
             connection.transport.close()
         self._finish()
         connection.on_response_complete()
-        return True
 
     def _leave(self) -> None:
         self._express.running.discard(self)

@@ -16,6 +16,7 @@ from daskserve.proxy.forwarded import FORWARDED_PREFIX
 from daskserve.proxy.request import (
     FULL_KEY,
     SCOPE_KEY,
+    TEXT,
     CutError,
     RequestInfo,
     origin,
@@ -24,7 +25,8 @@ from daskserve.proxy.request import (
 from daskserve.proxy.routes import RouteTable
 from daskserve.proxy.websocket import WebSocketRelay
 from daskserve.proxy.windows import Windows
-from daskserve.transport.dispatcher import Call, Dispatcher
+from daskserve.transport.call import Call
+from daskserve.transport.dispatcher import Dispatcher
 from daskserve.transport.messages import (
     CHUNK,
     CREDIT,
@@ -34,6 +36,7 @@ from daskserve.transport.messages import (
     RESPONSE,
     START,
     STOPPED,
+    Headers,
     model_id_of,
 )
 
@@ -281,6 +284,7 @@ class Forwarder:
             await _send_start(send, message)
             await send({"type": "http.response.body", "body": message[4]})
         elif op == START:
+            call.streams()
             await _send_start(send, message)
             await self._stream(call, send, min(CREDIT_STEP_BYTES, window_bytes // 2))
         elif op == ERROR and message[2] == STOPPED:
@@ -331,10 +335,21 @@ class Forwarder:
     async def _respond_error(
         self, send: Send, info: RequestInfo, error: RequestError
     ) -> None:
-        logger.info("Request %s: %s", info.request_id, error)
-        extra = [RETRY_AFTER] if error.status_code == 503 else []
-        text = str(error) or type(error).__name__
-        await respond(send, error.status_code, text, *extra)
+        status, headers, body = error_response(info, error)
+        await _send_start(send, (START, 0, status, headers))
+        await send({"type": "http.response.body", "body": body})
+
+
+def error_response(
+    info: RequestInfo, error: RequestError
+) -> tuple[int, Headers, bytes]:
+    """Return status, headers and body of the answer to a request that failed."""
+    logger.info("Request %s: %s", info.request_id, error)
+    body = (str(error) or type(error).__name__).encode("utf-8", "replace")
+    headers = [(b"content-type", TEXT), (b"content-length", b"%d" % len(body))]
+    if error.status_code == 503:
+        headers.append(RETRY_AFTER)
+    return error.status_code, headers, body
 
 
 async def _send_start(send: Send, message: tuple[Any, ...]) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from starlette.types import Message, Receive, Scope, Send
 
 from daskserve.exceptions import ReplicaDiedError, RequestError
+from daskserve.transport.call import Call, timeout_error
 from daskserve.transport.channel import ConnectionLostError
-from daskserve.transport.dispatcher import Call, timeout_error
 from daskserve.transport.messages import CONNECT, CREDIT, ERROR, EVENT, PUSH, STOPPED
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ class WebSocketRelay:
     def __init__(self, call: Call, timeout_s: float | None) -> None:
         self._timeout_s = timeout_s
         self._call = call
+        self._call.websocket = True
         self._call.on_grant = self._grant
         self._granted = 0
         self._room = asyncio.Event()

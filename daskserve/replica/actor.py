@@ -30,9 +30,11 @@ class ReplicaSpec:
     #: Pickled, or None for no ``reconfigure``.
     user_config: bytes | None
     config_generation: int
-    max_ongoing_requests: int
+    max_ongoing_requests: int | None
     health_check_period_s: float
     health_check_timeout_s: float
+    max_websockets: int = 1000
+    threads: int = 1
 
 
 class Replica:

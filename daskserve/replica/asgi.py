@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 import traceback
 from collections import deque
 from typing import Any
@@ -90,7 +91,8 @@ class HttpExchange:
 
     __slots__ = ("_body", "_changed", "_charged", "_dropped", "_held", "_left",
                  "_max_chunk", "_more_body", "_on_the_way", "_start", "_starts",
-                 "_window", "disconnected", "entered", "exchange_id", "head",
+                 "_window", "admitted", "began", "disconnected", "entered",
+                 "exchange_id", "head",
                  "reply_to", "response_complete", "response_started",
                  "task")  # fmt: skip
 
@@ -106,6 +108,9 @@ class HttpExchange:
         self.exchange_id: int = message[1]
         self.head = Head._make(message[3])
         self.task: asyncio.Task[None] | None = None
+        #: It has a slot of the replica, and since when.
+        self.admitted = True
+        self.began = time.perf_counter()
         #: Its task has begun to run.
         self.entered = False
         self.response_started = False

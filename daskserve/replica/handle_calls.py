@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -14,9 +15,12 @@ from daskserve.transport.messages import ITEM, item_cost
 class HandleCall:
     """One call through a handle that is in the replica."""
 
-    __slots__ = ("entered", "task")
+    __slots__ = ("admitted", "began", "entered", "task")
 
     def __init__(self) -> None:
+        #: It has a slot of the replica, and since when.
+        self.admitted = True
+        self.began = time.perf_counter()
         self.task: asyncio.Task[None] | None = None
         #: Whether its task has begun.
         self.entered = False

@@ -11,7 +11,9 @@ import contextlib
 import functools
 import inspect
 import logging
+import math
 import os
+import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
@@ -26,12 +28,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from daskserve import packing
 from daskserve.packing import Packed
 from daskserve.replica.actor import ReplicaSpec
+from daskserve.replica.admission import Admission, slots_of_threads
 from daskserve.replica.asgi import HttpExchange, Starts
 from daskserve.replica.client import ReplicaClients
 from daskserve.replica.context import ReplicaContext, current_replica
 from daskserve.replica.encode import NotEncodableError, encode
 from daskserve.replica.handle_calls import HandleCall, StreamCall, is_stream
-from daskserve.replica.places import Places
 from daskserve.replica.servable import Servable, UnknownMethodError
 from daskserve.replica.websocket import ClientDisconnectedError, WebSocketExchange
 from daskserve.transport import values
@@ -48,6 +50,10 @@ from daskserve.transport.messages import (
     END,
     ERROR,
     EVENT,
+    FULL,
+    FULL_OF_WEBSOCKETS,
+    LOAD,
+    NO_LIMIT,
     NOT_ENCODABLE,
     OPENING,
     REFUSED,
@@ -57,6 +63,7 @@ from daskserve.transport.messages import (
     STOPPED,
     UNKNOWN_METHOD,
     USER_ERROR,
+    WANT,
     Head,
     Message,
 )
@@ -67,8 +74,12 @@ logger = logging.getLogger(__name__)
 #: An exchange: who began it, and its number there.
 Key: TypeAlias = tuple[ReplyTo, int]
 
-#: How long a free place is kept for a caller that was refused before, and says nothing.
+#: How long free slots are kept for callers that want them, and say nothing.
 KEPT_S = 1.0
+#: How often a caller is told at most, and how often again, what others have here.
+TELL_S, TELL_AGAIN_S = 0.001, 0.5
+#: How much the time of a call counts beside those before it.
+WEIGHT = 0.1
 #: How long cancelled requests may take to clean up.
 CANCEL_TIMEOUT_S = 1.0
 #: Beyond the grace period, how long a replica may take before it is given up.
@@ -81,6 +92,14 @@ class Running(Protocol):
     """An exchange that is in user code."""
 
     task: asyncio.Task[None] | None
+
+
+class Admitted(Protocol):
+    """An exchange that has a slot."""
+
+    #: Whether it has it still, and since when, by `time.perf_counter`.
+    admitted: bool
+    began: float
 
 
 class Runner:
@@ -126,9 +145,21 @@ class Runner:
         self._websockets: dict[Key, WebSocketExchange] = {}
         self._calls: dict[Key, HandleCall] = {}
         self._listener: DirectListener | None = None
-        self._places: Places[ReplyTo] = Places(spec.max_ongoing_requests)
-        #: When places that are kept for callers are given up.
-        self._offers: dict[ReplyTo, asyncio.TimerHandle] = {}
+        limit = spec.max_ongoing_requests
+        self._most = NO_LIMIT if limit is None else limit
+        self._admission: Admission[str] = Admission(self._most)
+        #: How many requests callers send before they have heard; None: all there are.
+        self.first_limit: int | None = None
+        #: The channel that each caller used last.
+        self._ways: dict[str, ReplyTo] = {}
+        #: What callers were told of the load here, and when.
+        self._told: dict[str, tuple[tuple[int, int, int, bool], float]] = {}
+        #: Of the next look at slots that are kept for callers.
+        self._keeping: asyncio.TimerHandle | None = None
+        #: How long async calls take, those of apps included, in seconds.
+        self._call_s = 0.0
+        self._stuck = False
+        self._warned_at = -math.inf
         self._accepting = False
         self._stopping = False
         self._idle = asyncio.Event()
@@ -225,8 +256,12 @@ class Runner:
             self._report({"event": "failed", "text": text})
             return
         direct = await self._listen()
+        if self._servable.threaded:
+            self.first_limit = min(self.spec.threads, self._most)
+            self._admission.limit = self.first_limit
         self._accepting = not self._stopping
-        self._report({"event": "started", "pid": os.getpid(), "direct": direct})
+        started = {"event": "started", "pid": os.getpid(), "direct": direct}
+        self._report({**started, "limit": self.first_limit})
 
     async def _first_check(self) -> None:
         """Let a replica that is ill from the beginning count as one that fails."""
@@ -334,15 +369,21 @@ class Runner:
                     websocket.event_arrived(message[3])
             elif op == CANCEL:
                 self._cancel((reply_to, message[1]))
+            elif op == WANT:
+                self._ways[reply_to.caller] = reply_to
+                self._admission.want(reply_to.caller, message[3])
+                self._offer_slots()
             elif op == DECLINE:
-                self._withdraw_place(reply_to)
+                self._admission.withdraw(reply_to.caller)
+                self._offer_slots()
 
     def _begin(self, reply_to: ReplyTo, message: Message) -> None:
-        if self._offers and (timer := self._offers.pop(reply_to, None)):
-            timer.cancel()
-        if not self._accepting or not self._places.take(reply_to, self.ongoing):
-            reason = "stopping" if self._stopping else "full"
-            reply_to.send((REFUSED, message[1], reason))
+        self._ways[reply_to.caller] = reply_to
+        refusal = self._refusal(reply_to, message[0])
+        if refusal is not None:
+            reply_to.send((REFUSED, message[1], refusal))
+            if refusal == FULL:
+                self._tell(reply_to)
             return
         key = (reply_to, message[1])
         # Tasks not by the loop's factory: what serves catches what user code raises.
@@ -371,6 +412,25 @@ class Runner:
                 loop=self._thread.loop,
                 context=self._context.copy(),
             )
+
+    def _refusal(self, reply_to: ReplyTo, op: int) -> str | None:
+        """Take a slot, or return why there is none."""
+        if not self._accepting:
+            return "stopping" if self._stopping else "starting"
+        if op != CONNECT:
+            return None if self._admission.take(reply_to.caller) else FULL
+        limit = self.spec.max_websockets
+        if len(self._websockets) < limit:
+            return None
+        if self.loop.time() > self._warned_at + 1.0:
+            self._warned_at = self.loop.time()
+            logger.warning(
+                "Replica %s refuses WebSockets: %d are open (max_websockets=%d)",
+                self.spec.tag,
+                len(self._websockets),
+                limit,
+            )
+        return FULL_OF_WEBSOCKETS
 
     def _spawn(
         self, running: dict[Key, Any], key: Key, serving: Coroutine[Any, Any, None]
@@ -404,45 +464,94 @@ class Runner:
         exchange.task.cancel()
         if not exchange.entered:  # it never runs, not even to its ``finally``
             del self._http[key]
-            self._finished()
+            self._give_back(exchange, key[0])
 
     def _cancel_call(self, call: HandleCall, key: Key) -> None:
         assert call.task is not None
         call.task.cancel()
         if not call.entered:
             del self._calls[key]
-            self._finished()
+            self._give_back(call, key[0])
 
     def _cancel_from(self, reply_to: ReplyTo) -> None:
-        if (timer := self._offers.pop(reply_to, None)) is not None:
-            timer.cancel()
-        self._places.forget(reply_to)
-        self._offer_places()
+        if self._ways.get(reply_to.caller) is reply_to:
+            del self._ways[reply_to.caller]
+            self._told.pop(reply_to.caller, None)
+            self._admission.forget(reply_to.caller)
+            self._offer_slots()
         for key in [*self._http, *self._websockets, *self._calls]:
             if key[0] is reply_to:
                 self._cancel(key)
 
+    # Slots, and what callers know of them.
+
+    def _give_back(self, exchange: Admitted, reply_to: ReplyTo) -> None:
+        """Let another request have the slot of one that has ended, or left its thread.
+
+        May be called again when that ends.
+        """
+        if exchange.admitted:
+            exchange.admitted = False
+            self._admission.give_back(reply_to.caller)
+            self._note_time(time.perf_counter() - exchange.began)
+            self._finished()
+            self._tell(reply_to)
+        else:
+            self._finished()
+
     def _finished(self) -> None:
+        """Look what follows from the end of a request."""
+        self._admission.abandoned = abandoned = self._servable.deserted
+        stuck = abandoned >= self.spec.threads
+        if stuck != self._stuck:
+            self._stuck = stuck
+            for reply_to in list(self._ways.values()):
+                self._tell(reply_to)
         if self._stopping:
             self._wake_if_idle()
-        elif self._places.wanted:
-            self._offer_places()
+        elif self._admission.wanted:
+            self._offer_slots()
 
-    def _offer_places(self) -> None:
-        """Keep places that are free for callers who were refused, in turn."""
+    def _note_time(self, seconds: float) -> None:
+        if self._servable.threaded:
+            self._admission.limit = slots_of_threads(
+                self.spec.threads, self._servable.call_s, self._most
+            )
+        elif self._call_s:
+            self._call_s += (seconds - self._call_s) * WEIGHT
+        else:
+            self._call_s = seconds
+
+    def _tell(self, reply_to: ReplyTo) -> None:
+        """Tell a caller what others have here, if that is news."""
+        admission, caller = self._admission, reply_to.caller
+        call_s = self._call_s
+        if self._servable.threaded:
+            call_s = self._servable.call_s / self.spec.threads
+        others = admission.others(caller)
+        news = others, admission.limit, _rounded_us(call_s), self._stuck
+        told, at = self._told.get(caller, (None, 0.0))
+        if told == news and not others:
+            return
+        now = time.perf_counter()
+        old = TELL_AGAIN_S if told == news else TELL_S
+        if now - at > old or told is None or told[3] != self._stuck:
+            self._told[caller] = news, now
+            reply_to.send((LOAD, 0, self.spec.replica_id, *news))
+
+    def _offer_slots(self) -> None:
+        """Keep slots that are free for callers who want them, in turn."""
         if self._stopping:
             return
-        while (caller := self._places.offer(self.ongoing)) is not None:
-            caller.send((ROOM, 0, self.spec.replica_id))
-            self._offers[caller] = self.loop.call_later(
-                KEPT_S, self._withdraw_place, caller
-            )
+        while (caller := self._admission.offer()) is not None:
+            self._ways[caller].send((ROOM, 0, self.spec.replica_id))
+        if self._admission.kept and self._keeping is None:
+            self._keeping = self.loop.call_later(KEPT_S, self._withdraw_kept)
 
-    def _withdraw_place(self, caller: ReplyTo) -> None:
-        if (timer := self._offers.pop(caller, None)) is not None:
-            timer.cancel()
-        self._places.withdraw(caller)
-        self._offer_places()
+    def _withdraw_kept(self) -> None:
+        self._keeping = None
+        self._admission.withdraw_kept()
+        self._offer_slots()
 
     def _wake_if_idle(self) -> None:
         if self.ongoing == 0:
@@ -480,7 +589,7 @@ class Runner:
                 self._send_error(exchange, kind, err)
         finally:
             self._http.pop(key, None)
-            self._finished()
+            self._give_back(exchange, key[0])
 
     async def _serve_plain(self, exchange: HttpExchange) -> None:
         scope = exchange.scope(None)
@@ -497,6 +606,8 @@ class Runner:
             encoded = await self._servable.answer(request, finish)
         except HTTPException as err:
             encoded = _http_exception_response(err)
+        if self._servable.threaded:
+            self._give_back(exchange, exchange.reply_to)
         if isinstance(encoded, Response):
             try:
                 await encoded(scope, exchange.receive, exchange.send)
@@ -566,6 +677,8 @@ class Runner:
             what = f"the result of {self.spec.deployment}.{method_name}()"
             if isinstance(call, StreamCall):
                 result = await self._servable.call(method_name, args, kwargs)
+                if self._servable.threaded:
+                    self._give_back(call, reply_to)
                 await self._send_items(call, result, what)
                 reply_to.send((END, exchange_id))
             else:
@@ -580,7 +693,7 @@ class Runner:
             reply_to.send(_error_message(exchange_id, USER_ERROR, err))
         finally:
             del self._calls[key]
-            self._finished()
+            self._give_back(call, key[0])
 
     async def _send_items(self, call: StreamCall, result: Any, what: str) -> None:
         if not is_stream(result):
@@ -615,6 +728,12 @@ class Runner:
         self._enter(None)
         if self.session.worker is not None:
             _worker_cvar.set(self.session.worker)
+
+
+def _rounded_us(seconds: float) -> int:
+    """Return microseconds, rounded so that about the same time is the same number."""
+    mantissa, exponent = math.frexp(seconds * 1e6)
+    return int(math.ldexp(round(mantissa * 16) / 16, exponent))
 
 
 def _was_cancelled(error: BaseException) -> bool:

@@ -52,6 +52,8 @@ class Servable:
         self.app: ASGIApp | None = None
         #: Sync calls whose callers have gone; their thread cannot be stopped.
         self.deserted = 0
+        self.threaded = False
+        self.call_s = 0.0
         self._spec = spec
         self._deserted_ended = deserted_ended
         self._lifespan: Lifespan | None = None

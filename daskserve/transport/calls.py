@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
 from daskserve import packing
-from daskserve.exceptions import DeploymentUnavailableError, ReplicaDiedError
+from daskserve.exceptions import (
+    DeploymentUnavailableError,
+    ReplicaDiedError,
+    RequestError,
+)
 from daskserve.packing import Packed
+from daskserve.transport.call import Call, timeout_error
 from daskserve.transport.channel import ConnectionLostError
-from daskserve.transport.dispatcher import Call, Dispatcher, timeout_error
+from daskserve.transport.dispatcher import Dispatcher
 from daskserve.transport.items import Items
 from daskserve.transport.loops import Mailbox
 from daskserve.transport.messages import CALL, CREDIT, ITEM, REFUSED, Message
@@ -66,8 +71,8 @@ class CallRequest:
     items: Items | None = None
     #: Packed results of other calls that are among the arguments.
     results: tuple[Packed, ...] = ()
-    #: Workers that have most of the bytes of the Dask futures, the best ones first.
-    near: tuple[str, ...] = ()
+    #: How many bytes of the Dask futures are on which workers, and how many there are.
+    near: tuple[Mapping[str, int], int] | None = None
 
 
 class CallSender:
@@ -100,7 +105,7 @@ class CallSender:
 class _RunningCall:
     """A call that has left its caller; on the dispatcher's loop.
 
-    If a replica has room and answers, that takes two callbacks. All else is left to a
+    If a replica takes it and answers, that takes two callbacks. All else is left to a
     task, which goes on from there.
     """
 
@@ -130,8 +135,11 @@ class _RunningCall:
         self._start()
 
     def _start(self) -> None:
-        if not self._call.begin_now(self._make, self._take_news):
-            self._go_on()
+        try:
+            if not self._call.begin(self._make, self._take_news):
+                self._go_on()
+        except RequestError as err:
+            self._fail(err)
 
     def _make(self, exchange_id: int, replica_id: int) -> Message:
         request = self._request
@@ -149,10 +157,18 @@ class _RunningCall:
         )
 
     def _take_news(self) -> None:
-        message = self._call.peek()
-        if message is None or message[0] == REFUSED:
+        message, failure = self._call.peek(), self._call.failure
+        if message is None and failure is not None:
+            self._call.cancel()
+            self._fail(failure)
+        elif message is None:
             self._call.stop_listening()
             self._go_on()
+        elif message[0] == REFUSED:
+            try:
+                self._call.try_again(message[2])
+            except RequestError as err:
+                self._fail(err)
         else:
             self._answer(message)
 
@@ -167,11 +183,14 @@ class _RunningCall:
             raise
         except Exception as err:
             self._call.cancel()
-            self._finish()
-            with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
-                self._request.answer.set_exception(err)
+            self._fail(err)
         else:
             self._answer(message)
+
+    def _fail(self, error: BaseException) -> None:
+        self._finish()
+        with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
+            self._request.answer.set_exception(error)
 
     def _answer(self, message: Message) -> None:
         self._finish()
@@ -216,6 +235,7 @@ class _RunningStream(_RunningCall):
             message = await self._call.first(self._make, retry_lost=False)
             if self._timer is not None:  # that was until the first one
                 self._timer.cancel()
+            self._call.streams()
             while message[0] == ITEM:
                 self._items.put(message[2])
                 message = await self._call.next()
@@ -224,11 +244,9 @@ class _RunningStream(_RunningCall):
             raise
         except Exception as err:
             self._call.cancel()
-            self._finish()
             if isinstance(err, ConnectionLostError):
                 err = ReplicaDiedError(str(err))
-            with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
-                self._request.answer.set_exception(err)
+            self._fail(err)
         else:
             self._answer(message)
 

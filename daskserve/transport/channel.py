@@ -24,7 +24,6 @@ from daskserve.transport.messages import (
     OP_CHANNEL,
     OPENING,
     REFUSED,
-    ROOM,
     Message,
 )
 from daskserve.transport.outbox import Outbox
@@ -38,6 +37,9 @@ OWN_FRAME_BYTES = 64 * 1024
 
 class ReplyTo(Protocol):
     """Where a replica sends its messages; hashable, one for each channel."""
+
+    #: The process that asks, which may have several channels.
+    caller: str
 
     def send(self, message: Message) -> None:
         """Queue `message`; any thread."""
@@ -192,8 +194,8 @@ class Channel:
     """A caller's connection to one place: a worker, or its own process."""
 
     def __init__(self) -> None:
-        #: Told the id of a replica that has a place for who was refused before.
-        self.on_room: Callable[[int], None] | None = None
+        #: Takes messages of replicas that belong to no exchange.
+        self.on_notice: Callable[[Message], None] | None = None
         self._exchanges: dict[int, Exchange] = {}
         self._last_id = 0
 
@@ -236,8 +238,8 @@ class Channel:
 
     def _take(self, message: Message) -> None:
         """Take a message that belongs to no exchange."""
-        if message[0] == ROOM and self.on_room is not None:
-            self.on_room(message[2])
+        if self.on_notice is not None:
+            self.on_notice(message)
 
     def _fail_all(self, reason: str) -> None:
         exchanges, self._exchanges = self._exchanges, {}
@@ -257,6 +259,8 @@ class CommChannel(Channel):
     on_open, on_close
         Called when the connection stands, and once when it has ended or could not be
         made.
+    caller
+        The id of this process.
     """
 
     def __init__(
@@ -265,9 +269,11 @@ class CommChannel(Channel):
         connect: Callable[[str], Awaitable[Any]],
         on_open: Callable[[CommChannel], None],
         on_close: Callable[[CommChannel], None],
+        caller: str,
     ) -> None:
         super().__init__()
         self.address = address
+        self._caller = caller
         self._connect = connect
         self._on_open = on_open
         self._on_close = on_close
@@ -301,7 +307,8 @@ class CommChannel(Channel):
     async def _run(self) -> None:
         try:
             comm = await self._connect(self.address)
-            await comm.write({"op": OP_CHANNEL, "reply": False})
+            hello = {"op": OP_CHANNEL, "caller": self._caller, "reply": False}
+            await comm.write(hello)
             self._pipe = CommPipe(comm, self._receive)
             self.sock = getattr(getattr(comm, "stream", None), "socket", None)
             self._on_open(self)
@@ -328,17 +335,22 @@ class LocalChannel(Channel):
         The caller's loop.
     inboxes
         The process's replicas by id; another thread adds and removes them.
+    caller
+        The id of this process.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, inboxes: Mapping[int, Inbox]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        inboxes: Mapping[int, Inbox],
+        caller: str,
     ) -> None:
         super().__init__()
         self._loop = loop
         self._inboxes = inboxes
         self._unsent: list[Message] = []
         self._replies: Mailbox[Message] = Mailbox(loop, self._receive)
-        self._reply_to = _MailboxReply(self._replies)
+        self._reply_to = _MailboxReply(self._replies, caller)
 
     def send(self, message: Message) -> None:
         """Hand a caller's message to its replica, at the end of the loop's next turn.
@@ -364,16 +376,17 @@ class LocalChannel(Channel):
 
 
 class _MailboxReply:
-    __slots__ = ("_mailbox",)
+    __slots__ = ("_mailbox", "caller")
 
-    def __init__(self, mailbox: Mailbox[Message]) -> None:
+    def __init__(self, mailbox: Mailbox[Message], caller: str) -> None:
         self._mailbox = mailbox
+        self.caller = caller
 
     def send(self, message: Message) -> None:
         self._mailbox.put(message)
 
 
-async def serve_channel(comm: Any, inboxes: Mapping[int, Inbox]) -> None:
+async def serve_channel(comm: Any, inboxes: Mapping[int, Inbox], caller: str) -> None:
     """Be a worker's end of a channel until the comm closes; runs on Dask's loop."""
 
     def deliver(batch: list[Message]) -> None:
@@ -384,7 +397,7 @@ async def serve_channel(comm: Any, inboxes: Mapping[int, Inbox]) -> None:
             pipe.send(message)
 
     pipe = CommPipe(comm, deliver)
-    reply_to = _MailboxReply(Mailbox(asyncio.get_running_loop(), write))
+    reply_to = _MailboxReply(Mailbox(asyncio.get_running_loop(), write), caller)
     try:
         await pipe.run()
     finally:

@@ -26,6 +26,7 @@ from typing import Any, cast
 import msgpack
 
 from daskserve.transport.channel import Channel, Exchange, Inbox
+from daskserve.transport.files import share_of_files
 from daskserve.transport.messages import GOODBYE, PART, WELCOME, WHOLE, Message
 from daskserve.transport.outbox import BULK_BYTES, Outbox, data_bytes
 from daskserve.transport.parts import Joiner
@@ -38,7 +39,9 @@ WRITE_BUFFER_BYTES = 256 * 1024
 #: So much is read at once, at most.
 READ_BYTES = 256 * 1024
 #: What a stranger may send before the secret is due.
-MAX_SECRET_BYTES = 256
+MAX_HELLO_BYTES = 256
+#: The part of the files that the process may open which callers may take.
+ACCEPTED_SHARE = 1 / 16
 #: How long callers may take to leave a replica that says goodbye.
 GOODBYE_S = 1.0
 #: Seconds in which the secret has to come.
@@ -298,6 +301,10 @@ class DirectListener:
             pipe.close()
 
 
+#: Connections of callers to all replicas of this process, each on its replica's loop.
+_accepted, _accepted_lock = 0, threading.Lock()
+
+
 class _Accepted(_Pipe):
     """The replica's end."""
 
@@ -305,6 +312,7 @@ class _Accepted(_Pipe):
         self, loop: asyncio.AbstractEventLoop, listener: DirectListener
     ) -> None:
         super().__init__(loop)
+        self.caller = ""
         self._listener = listener
         self._known = False
         self._received = 0
@@ -314,11 +322,17 @@ class _Accepted(_Pipe):
         super().connection_made(transport)
         self._listener._pipes.add(self)
         self.watch(self._listener._watch, self.abort)
+        with _accepted_lock:
+            global _accepted
+            _accepted += 1
+            full = _accepted > share_of_files(ACCEPTED_SHARE)
+        if full:  # whoever it is goes by way of the worker's port
+            self.abort()
 
     def buffer_updated(self, nbytes: int) -> None:
         if not self._known:
             self._received += nbytes
-            if self._received > MAX_SECRET_BYTES:
+            if self._received > MAX_HELLO_BYTES:
                 # The caller sends nothing else before it is told that it is known.
                 self.abort()
                 return
@@ -329,11 +343,11 @@ class _Accepted(_Pipe):
             self._listener._deliver(self, batch)
             return
         first = batch[0]
-        secret = first[0] if type(first) is tuple and len(first) == 1 else b""
-        if type(secret) is bytes and hmac.compare_digest(
-            secret, self._listener._secret
-        ):
+        is_hello = type(first) is tuple and [*map(type, first)] == [bytes, str]
+        secret, caller = first if is_hello else (b"", "")
+        if hmac.compare_digest(secret, self._listener._secret):
             self._known = True
+            self.caller = caller
             self._joiner = Joiner()
             self._timer.cancel()
             self.send((WELCOME, 0))
@@ -342,6 +356,9 @@ class _Accepted(_Pipe):
             self.abort()
 
     def lost(self) -> None:
+        global _accepted
+        with _accepted_lock:
+            _accepted -= 1
         self._timer.cancel()
         self._listener._pipes.discard(self)
         self._listener._left.set()
@@ -367,6 +384,8 @@ class DirectChannel(Channel):
         Finds replicas whose hosts are gone.
     on_close
         Called once when the connection has ended or could not be made.
+    caller
+        The id of this process.
     """
 
     def __init__(
@@ -376,8 +395,10 @@ class DirectChannel(Channel):
         context: ssl.SSLContext | None,
         watch: SilenceWatch,
         on_close: Callable[[DirectChannel], None],
+        caller: str,
     ) -> None:
         super().__init__()
+        self._caller = caller
         self.worker = worker
         self.is_open = False
         #: It was open, and the replica has not said goodbye.
@@ -449,7 +470,7 @@ class DirectChannel(Channel):
             raise TimeoutError(text) from err
         self._pipe = pipe
         pipe.watch(self._watch, self._silent)
-        pipe.send((address.secret,))
+        pipe.send((address.secret, self._caller))
 
     def _silent(self) -> None:
         self._reason = f"a replica on worker {self.worker} {self._watch.reason}"

@@ -1,112 +1,44 @@
 """A process's way to all replicas: the caller's end of every request and handle call.
 
 Runs on the transport loop of a worker, a client or the scheduler. Snapshots of the
-routing come in, requests go out over channels to the replica that `Router` chose.
+routing come in, requests go out over channels to the replica that `Router` chose. Those
+that no replica has a slot for wait here, and go to whoever is free first.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
-import logging
 import ssl
-from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from daskserve.exceptions import (
-    DeploymentUnavailableError,
-    QueueFullError,
-    ReplicaDiedError,
-    RequestTimeoutError,
-)
-from daskserve.transport.channel import (
-    Channel,
-    CommChannel,
-    ConnectionLostError,
-    Exchange,
-    Inbox,
-    LocalChannel,
-)
-from daskserve.transport.direct import DirectAddress, DirectChannel
+from daskserve.exceptions import DeploymentUnavailableError, QueueFullError
+from daskserve.transport.call import Call
+from daskserve.transport.channel import Inbox
+from daskserve.transport.connections import CONNECTED_S, Connections
+from daskserve.transport.group import Group
 from daskserve.transport.load_reports import LoadReports
-from daskserve.transport.messages import CALL, CANCEL, DECLINE, NOBODY, REFUSED, Message
+from daskserve.transport.messages import (
+    DECLINE,
+    FULL,
+    FULL_OF_WEBSOCKETS,
+    LOAD,
+    ROOM,
+    WANT,
+    Message,
+)
 from daskserve.transport.queue_reports import QueueReports
-from daskserve.transport.router import Router, Slot
-from daskserve.transport.silence import SilenceWatch
+from daskserve.transport.router import Slot
 from daskserve.transport.snapshots import follow
 
-logger = logging.getLogger(__name__)
-
-#: How long a replica that refused a request is not asked again, unless it says before
-#: that it has room.
+#: How long a replica that is full is not asked again, unless it offers a slot before.
+ASKED_PAUSE_S = 0.5
+#: And one that refuses for any other reason.
 REFUSED_PAUSE_S = 0.05
-#: How long after a connection broke, or could not be made, it is tried again.
-RECONNECT_S = 0.2
-#: How long after a replica's own port could not be reached it is tried again.
-DIRECT_RETRY_S = 30.0
-#: How long a new snapshot may wait for connections before it counts as taken.
-CONNECTED_S = 1.0
+#: How many replicas are asked for slots at a time, and for how many at most.
+ASKED_REPLICAS, ASKED_SLOTS = 8, 64
 #: How long a process that has just connected waits to be told of the routing.
 FIRST_SNAPSHOT_S = 10
-
-_numbers = itertools.count()
-
-
-class Group:
-    """One deployment as this process sees it."""
-
-    __slots__ = ("begun", "connecting_until", "hopeless", "info", "max_queued", "name",
-                 "router", "timeout_s", "timer", "waiting", "wanted")  # fmt: skip
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.router = Router()
-        #: How many requests were given to a replica, up to now.
-        self.begun = 0
-        #: Whether connections are made; there may be no request from here ever.
-        self.wanted = False
-        #: Until when the first ones may be on their way.
-        self.connecting_until = 0.0
-        #: Its part of the newest snapshot.
-        self.info: Mapping[str, Any] | None = None
-        self.hopeless = False
-        self.max_queued: int | None = None
-        self.timeout_s: float | None = None
-        #: Of the next look at replicas that have refused.
-        self.timer: asyncio.TimerHandle | None = None
-        #: In the order in which they came.
-        self.waiting: deque[Call] = deque()
-
-    def update(self, info: Mapping[str, Any], local_address: str | None) -> None:
-        """Take this deployment's part of a snapshot."""
-        self.info = info
-        self.hopeless = info["hopeless"]
-        self.max_queued, self.timeout_s = info["max_queued"], info["timeout_s"]
-        self.router.update(
-            (
-                Slot(replica_id, tag, worker, local=worker == local_address)
-                for replica_id, tag, worker, _ in info["replicas"]
-            ),
-            info["max_ongoing"],
-        )
-
-    def enqueue(self, call: Call) -> None:
-        """Add a call that waits: one that was refused goes where it was before."""
-        place = len(self.waiting)
-        if call.refused:
-            behind = (i for i, c in enumerate(self.waiting) if c.number > call.number)
-            place = next(behind, place)
-        self.waiting.insert(place, call)
-
-    def unavailable(self) -> DeploymentUnavailableError | None:
-        """Say why nothing can ever take a request, or None if waiting makes sense."""
-        if self.hopeless and not self.router.slots:
-            return DeploymentUnavailableError(
-                f"Deployment {self.name!r} is unavailable because it failed to deploy."
-            )
-        return None
 
 
 class Dispatcher:
@@ -148,26 +80,22 @@ class Dispatcher:
         self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
         self.queues = QueueReports(loop, self._count_waiting)
         self.loads = LoadReports(loop, self._count_load)
-        self._connect = connect
+        self.connections = Connections(
+            loop,
+            connect,
+            changed=self._reachability_changed,
+            notice=self._take_notice,
+            context=context,
+            local_address=local_address,
+            inboxes=inboxes,
+            silence_s=silence_s,
+        )
         self._local_address = local_address
-        self._local = LocalChannel(loop, inboxes) if inboxes is not None else None
-        if self._local is not None:
-            self._local.on_room = self._has_room
-        self._channels: dict[str, CommChannel] = {}
-        #: What saves looking at all replicas: which are where, but for local ones and
-        #: those of deployments that are not wanted, and of which deployment each is.
-        self._on_worker: dict[str, dict[int, Slot]] = {}
         self._group_of: dict[int, Group] = {}
-        #: Workers that are lost for all that is known, though a connection stands.
-        self._doubted: set[str] = set()
-        self._context = context
-        self._watch = SilenceWatch(loop, silence_s)
-        #: Direct connections, and the addresses of all there could be, by replica.
-        self._direct: dict[int, DirectChannel] = {}
-        self._direct_addresses: dict[int, tuple[str, DirectAddress]] = {}
         self._first_snapshot = asyncio.Event()
-        self._opened = asyncio.Event()
         self._closed = False
+
+    # Snapshots.
 
     def update(
         self, version: int, snapshot: Mapping[str, Any], base: int | None = None
@@ -197,18 +125,12 @@ class Dispatcher:
         self.version, self.snapshot = version, snapshot
         deployments = snapshot["deployments"]
         for name in self.groups.keys() - deployments.keys():
-            gone = DeploymentUnavailableError(f"Deployment {name!r} was deleted.")
-            group = self.groups.pop(name)
-            self._note_places(group, group.router.slots, {})
-            self._update_direct(group.info, None)
-            group.router.update((), 1)
-            self._fail_waiting(group, gone)
+            self._delete_group(self.groups.pop(name))
         for name, info in deployments.items():
             group = self.groups.get(name) or self.groups.setdefault(name, Group(name))
             if info is not group.info:
                 self._update_group(group, info)
-        self._drop_idle_channels()
-        self._doubted &= self._on_worker.keys()
+        self.connections.drop_idle()
         self.loads.follow(deployments)
         for listener in self.listeners:
             listener(snapshot)
@@ -216,19 +138,36 @@ class Dispatcher:
         return True
 
     def _update_group(self, group: Group, info: Mapping[str, Any]) -> None:
-        former, slots = group.info, group.router.slots
-        group.update(info, self._local_address)
+        former = group.info
+        new, gone = group.update(info, self._local_address)
         unavailable = group.unavailable()
         if unavailable is not None:
             self._fail_waiting(group, unavailable)
-        self._note_places(group, slots, group.router.slots)
-        for slot in group.router.slots.values():
-            slot.reachable = self._connected(slot) if group.wanted else slot.local
+        for slot in new:
+            self._group_of[slot.replica_id] = group
+            slot.reachable = slot.local
+        self._forget(gone)
         if group.wanted:
-            self._update_direct(former, info)
+            self.connections.update_direct(former, info)
+            self._connect(group, new)
         elif self.ahead:
             self._want(group)
+        for slot in new:
+            group.router.note(slot)
         self._hand_out(group)
+
+    def _delete_group(self, group: Group) -> None:
+        self._forget(group.router.slots.values())
+        self.connections.update_direct(group.info, None)
+        group.router.update((), 1)
+        gone = DeploymentUnavailableError(f"Deployment {group.name!r} was deleted.")
+        self._fail_waiting(group, gone)
+
+    def _forget(self, slots: Iterable[Slot]) -> None:
+        slots = list(slots)
+        for slot in slots:
+            del self._group_of[slot.replica_id]
+        self.connections.forget(slots)
 
     def connect_ahead(self) -> None:
         """Connect to all replicas, from now on before there are requests for them."""
@@ -238,43 +177,30 @@ class Dispatcher:
                 self._want(group)
 
     def _want(self, group: Group) -> None:
-        """Begin to connect to a deployment's replicas.
+        """Begin to connect to the workers of a deployment's replicas.
 
         In a cluster of a thousand workers each would have a thousand connections to
         the others if all did this for all deployments.
         """
         group.wanted = True
-        group.connecting_until = self.loop.time() + CONNECTED_S
-        self._note_places(group, {}, group.router.slots)
-        for slot in group.router.slots.values():
-            slot.reachable = self._connected(slot)
-        self._update_direct(None, group.info)
+        self.connections.update_direct(None, group.info)
+        self._connect(group, group.router.slots.values())
 
-    def _note_places(
-        self, group: Group, old: Mapping[int, Slot], new: Mapping[int, Slot]
-    ) -> None:
-        for replica_id in old.keys() - new.keys():
-            del self._group_of[replica_id]
-            slot = old[replica_id]
-            there = self._on_worker.get(slot.worker, {})
-            if there.pop(replica_id, None) is not None and not there:
-                del self._on_worker[slot.worker]
-        for replica_id in new.keys() - old.keys():
-            self._group_of[replica_id] = group
-            slot = new[replica_id]
-            if group.wanted and not slot.local:
-                self._on_worker.setdefault(slot.worker, {})[replica_id] = slot
+    def _connect(self, group: Group, slots: Iterable[Slot]) -> None:
+        slots = list(slots)
+        self.connections.want(slots)
+        if any(not slot.reachable for slot in slots):
+            group.connecting_until = self.loop.time() + CONNECTED_S
+            self._look_again(group, group.connecting_until)
+        for slot in slots:
+            group.router.note(slot)
 
     async def connected(self) -> None:
         """Wait until all replicas of the snapshot can be reached, for a moment.
 
         A request that comes now is not to find a queue where there is room.
         """
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CONNECTED_S):
-                while not all(map(self._has_channel, self._on_worker)):
-                    self._opened.clear()
-                    await self._opened.wait()
+        await self.connections.connected()
 
     def worker_lost(
         self, address: str, replicas: Collection[int] | None = None
@@ -288,48 +214,29 @@ class Dispatcher:
         replicas
             Which of its replicas; None: all, for it has left the cluster.
         """
-        if replicas is not None:
-            self._replicas_lost(address, replicas)
+        if replicas is None:
+            self.connections.worker_lost(address)
             return
-        # Before anything fails: what is tried again is not to go to a neighbour there.
-        self._doubted.add(address)
-        self._set_reachable(address, False)
-        channel = self._channels.get(address)
-        reason = f"worker {address} left the cluster"
-        if channel is not None:
-            channel.close(reason)
-        for direct in list(self._direct.values()):
-            if direct.worker == address:
-                direct.close(reason)
-
-    def _replicas_lost(self, address: str, replicas: Collection[int]) -> None:
-        channel = self._channels.get(address)
-        reason = f"worker {address} does not answer"
         for replica_id in replicas:
             group = self._group_of.get(replica_id)
             if group is not None:  # the routing without it is about to come
-                group.router.slots[replica_id].reachable = False
-            direct = self._direct.get(replica_id)
-            if direct is not None:
-                direct.close(reason)
-            if channel is not None:
-                channel.fail_replica(replica_id, reason)
+                slot = group.router.slots[replica_id]
+                slot.reachable = False
+                group.router.note(slot)
+            self.connections.replica_lost(address, replica_id)
 
     async def close(self) -> None:
         """Close all channels; what is open fails."""
         self._closed = True
         self.loads.close()
-        stopped = DeploymentUnavailableError("daskserve is stopping here.")
+        stopped = _stopping()
         for group in self.groups.values():
+            if group.timer is not None:
+                group.timer.cancel()
             self._fail_waiting(group, stopped)
-        if self._local is not None:
-            self._local.close("daskserve is stopping here")
-        self._direct_addresses = {}
-        for direct in list(self._direct.values()):
-            direct.close("daskserve is stopping here")
-        for channel in list(self._channels.values()):
-            channel.close("daskserve is stopping here")
-            await channel.wait_closed()
+        await self.connections.close("daskserve is stopping here")
+
+    # Calls.
 
     async def group(self, name: str) -> Group:
         """Return a deployment's group, waiting for the first snapshot if need be."""
@@ -355,478 +262,213 @@ class Dispatcher:
         group = self.groups.get(name)
         return group is not None and bool(group.router.slots)
 
-    def acquire_now(self, call: Call, group: Group) -> Slot | None:
-        """Count `call` as in a replica with room, if there is one now."""
-        if group.waiting:  # nobody overtakes those who wait
-            return None
-        slot = _choose(group, call, self.loop.time())
-        if slot is not None:
-            slot.in_flight += 1
-            group.begun += 1
-        return slot
+    def submit(self, call: Call, group: Group) -> None:
+        """Send a call to a replica that has a slot for it, or let it wait for one.
 
-    async def acquire(self, call: Call, group: Group) -> Slot:
-        """Wait for a replica with room and count `call` as in it."""
-        slot = self.acquire_now(call, group)
-        if slot is not None:
-            return slot
-        unavailable = group.unavailable()
-        if self._closed:
-            unavailable = DeploymentUnavailableError("daskserve is stopping here.")
+        Raises
+        ------
+        RequestError
+            It can't wait, as there is no room for that, or no sense in it.
+        """
+        if not group.wanted and not self._closed:
+            self._want(group)
+        # Nobody overtakes those who wait for the same.
+        if not group.waiting or call.returned or call.websocket:
+            slot = self._choose(group, call, self.loop.time())
+            if slot is not None:
+                self._assign(group, call, slot)
+                return
+        unavailable = _stopping() if self._closed else group.unavailable()
         if unavailable is not None:
             raise unavailable
-        if not group.wanted:
-            self._want(group)
-            if call.near:
-                await self.connected()
-            slot = self.acquire_now(call, group)  # if others brought connections here
-            if slot is not None:
-                return slot
-        if not call.refused:  # one that was refused had its turn already
-            self._check_queue(group)
-        waiter: asyncio.Future[Slot] = self.loop.create_future()
-        call.waiter = waiter
+        if call.websocket and group.router.reachable:
+            raise _too_many_websockets(group)
+        if not call.returned:
+            group.check_queue(self.queues.elsewhere(group.name))
         group.enqueue(call)
-        # Who waits already has looked, after the last one that was refused.
-        if call.refused or len(group.waiting) == 1:
-            self._look_again(group, self.loop.time())
         self.queues.changed()
-        try:
-            return await waiter
-        except BaseException:
-            # Cancelled in the same turn of the loop in which the place was handed out.
-            if not waiter.cancelled() and waiter.exception() is None:
-                self.release(group, waiter.result())
-            # Those who were given a place have been taken out.
-            with contextlib.suppress(ValueError):
-                group.waiting.remove(call)
-            raise
-        finally:
-            call.waiter = None
+        if group.waiting == 1 or call.returned:
+            # Who waits already has looked.
+            self._ask_for_slots(group, self.loop.time())
 
-    def release(self, group: Group, slot: Slot) -> None:
+    def release(self, group: Group, slot: Slot, websocket: bool = False) -> None:
         """Take a request out of a replica's count, which makes room for another."""
-        slot.in_flight -= 1
+        if websocket:
+            slot.websockets -= 1
+            return
+        group.router.end(slot)
         if group.waiting:
             self._hand_out(group)
 
-    def channel(self, slot: Slot) -> Channel:
-        """Return the channel to a replica that is reachable."""
-        if slot.local and self._local is not None:
-            return self._local
-        direct = self._direct.get(slot.replica_id)
-        if direct is not None and direct.is_open:
-            return direct
-        return self._channels[slot.worker]
-
-    def _check_queue(self, group: Group) -> None:
-        if group.max_queued is None:
+    def refused(self, call: Call, group: Group, slot: Slot, reason: str) -> None:
+        """Note that a replica has not taken a call."""
+        now = self.loop.time()
+        if reason == FULL:  # it will offer a slot
+            group.router.close(slot, now + ASKED_PAUSE_S, max(1, slot.asked))
+        elif reason == FULL_OF_WEBSOCKETS:
+            slot.no_websockets_until = now + ASKED_PAUSE_S
             return
-        waiting = len(group.waiting) + self.queues.elsewhere(group.name)
-        room = 0
-        if self.loop.time() < group.connecting_until:
-            # Those who wait for the first connection will find room there.
-            slots = group.router.slots.values()
-            room = group.router.max_ongoing * sum(not slot.reachable for slot in slots)
-        if waiting >= group.max_queued + room:
-            raise QueueFullError(
-                f"Request dropped: {waiting} requests wait for deployment "
-                f"{group.name!r} already (max_queued_requests={group.max_queued})."
+        else:
+            group.router.close(slot, now + REFUSED_PAUSE_S)
+        self._look_again(group, slot.closed_until)
+
+    def _choose(self, group: Group, call: Call, now: float) -> Slot | None:
+        router = group.router
+        if call.websocket:
+            return router.choose_for_websocket(group.max_websockets, now)
+        if group.connecting_until:
+            if not self._is_connecting(group, now):
+                group.connecting_until = 0.0
+            elif call.near or call.model_id:
+                return None  # the right one may be about to be reached
+        if call.near is not None:
+            slot = router.choose_near(*call.near, now)
+        elif call.model_id:
+            slot = router.choose_for_model(call.model_id, now, call.avoid)
+        else:
+            slot = router.choose(now, call.avoid)
+        if slot is not None and group.connecting_until:
+            # The first that can be reached is not to get what is for all.
+            if slot.in_flight >= max(1, group.fair_share()):
+                return None
+        return slot
+
+    def _is_connecting(self, group: Group, now: float) -> bool:
+        return now < group.connecting_until and any(
+            not slot.reachable and self.connections.is_connecting(slot)
+            for slot in group.router.slots.values()
+        )
+
+    def _assign(self, group: Group, call: Call, slot: Slot) -> None:
+        if call.websocket:
+            slot.websockets += 1
+        else:
+            group.router.begin(slot)
+        group.begun += 1
+        call.assign(slot)
+
+    def _hand_out(self, group: Group) -> None:
+        """Send those who wait to replicas that have slots for them, in their order."""
+        now = self.loop.time()
+        while group.waiting:
+            call = group.next_call()
+            assert call is not None
+            slot = self._choose(group, call, now)
+            if slot is not None:
+                group.leave(call)
+                self._assign(group, call, slot)
+            elif call.websocket and group.router.reachable:
+                call.fail(_too_many_websockets(group))
+            else:
+                self._ask_for_slots(group, now)
+                return
+
+    def _ask_for_slots(self, group: Group, now: float) -> None:
+        """Ask replicas for slots that are full of other callers' requests."""
+        if group.connecting_until:
+            return
+        number = min(group.waiting, ASKED_SLOTS)
+        for slot in group.router.to_ask(ASKED_REPLICAS):
+            self._ask(group, slot, number, now)
+
+    def _ask(self, group: Group, slot: Slot, number: int, now: float) -> None:
+        group.router.close(slot, now + ASKED_PAUSE_S, number)
+        self._look_again(group, slot.closed_until)
+        self.connections.channel(slot).send((WANT, 0, slot.replica_id, number))
+
+    def _look_again(self, group: Group, when: float) -> None:
+        """Look once more at that time, at the latest."""
+        if group.timer is None:
+            group.timer = self.loop.call_at(when + 0.001, self._time_to_look, group)
+
+    def _time_to_look(self, group: Group) -> None:
+        group.timer = None
+        now = self.loop.time()
+        due = group.router.reopen(now)
+        if group.connecting_until > now:
+            due = min(due or group.connecting_until, group.connecting_until)
+        if due is not None:
+            self._look_again(group, due)
+        self._hand_out(group)
+
+    # What replicas say of themselves.
+
+    def _take_notice(self, message: Message) -> None:
+        group = self._group_of.get(message[2])
+        if group is None:
+            return
+        slot = group.router.slots[message[2]]
+        if message[0] == ROOM:
+            self._has_slot(group, slot)
+        elif message[0] == LOAD:
+            _, _, _, others, limit, call_us, stuck = message
+            group.router.report(
+                slot, others, limit, call_us / 1e6, stuck, self.loop.time()
             )
+            if group.waiting:
+                self._hand_out(group)
+
+    def _has_slot(self, group: Group, slot: Slot) -> None:
+        """Take a slot that a replica keeps for this process, for a moment."""
+        if not slot.reachable:
+            return
+        call = group.next_call()
+        if call is None:
+            group.router.open(slot)
+            decline = (DECLINE, 0, slot.replica_id)
+            self.connections.channel(slot).send(decline)
+            return
+        group.leave(call)
+        self._assign(group, call, slot)
+        slot.asked -= 1
+        if slot.asked > 0:
+            return
+        if group.waiting:
+            number = min(group.waiting, ASKED_SLOTS)
+            self._ask(group, slot, number, self.loop.time())
+        else:
+            group.router.open(slot)
+
+    def _reachability_changed(self, slots: Iterable[Slot]) -> None:
+        groups = set()
+        for slot in slots:
+            group = self._group_of.get(slot.replica_id)
+            if group is not None:
+                groups.add(group)
+                if not slot.reachable:
+                    slot.asked, slot.closed_until = 0, 0.0  # whoever was asked is gone
+                group.router.note(slot)
+        for group in groups:
+            self._hand_out(group)
+
+    # Reports.
 
     def _count_waiting(self) -> dict[str, int]:
-        return {n: len(g.waiting) for n, g in self.groups.items() if g.waiting}
+        return {n: g.waiting for n, g in self.groups.items() if g.waiting}
 
     def _count_load(self, name: str) -> tuple[int, dict[int, int], int]:
         group = self.groups.get(name)
         if group is None:
             return 0, {}, 0
-        slots = group.router.slots.values()
-        running = {slot.replica_id: slot.in_flight for slot in slots if slot.in_flight}
-        return len(group.waiting), running, group.begun
-
-    def _connected(self, slot: Slot) -> bool:
-        """Whether there is a connection to a replica; begins one if there is none."""
-        if slot.local:
-            return True
-        channel = self._channels.get(slot.worker)
-        if channel is None:
-            self._open(slot.worker)
-            return False
-        return channel.is_open and slot.worker not in self._doubted
-
-    def _has_channel(self, address: str) -> bool:
-        channel = self._channels.get(address)
-        return channel is not None and channel.is_open
-
-    def _open(self, address: str) -> None:
-        if not self._closed and address not in self._channels:
-            channel = self._channels[address] = CommChannel(
-                address, self._connect, self._channel_opened, self._channel_closed
-            )
-            channel.on_room = self._has_room
-
-    def _channel_opened(self, channel: CommChannel) -> None:
-        self._opened.set()
-        address = channel.address
-        self._doubted.discard(address)
-        reason = f"worker {address} {self._watch.reason}"
-        self._watch.add(channel, channel.sock, lambda: channel.close(reason))
-        for group in self._set_reachable(address, True):
-            self._hand_out(group)
-        # The network may have come back.
-        for replica_id in self._on_worker.get(address, {}):
-            self._open_direct(replica_id)
-
-    def _channel_closed(self, channel: CommChannel) -> None:
-        self._watch.discard(channel)
-        address = channel.address
-        if self._channels.get(address) is channel:
-            del self._channels[address]
-            self._set_reachable(address, False)
-            # If replicas are still said to be there, the network had a moment.
-            self.loop.call_later(RECONNECT_S, self._reopen, address)
-
-    def _update_direct(
-        self, old: Mapping[str, Any] | None, new: Mapping[str, Any] | None
-    ) -> None:
-        """Begin connections to the ports of new replicas; end those of old ones."""
-        former, present = self._direct_replicas(old), self._direct_replicas(new)
-        self._direct_addresses.update(present)
-        for replica_id in present.keys() - self._direct.keys():
-            self._open_direct(replica_id)
-        for replica_id in former.keys() - present.keys():
-            self._direct_addresses.pop(replica_id, None)
-            channel = self._direct.get(replica_id)
-            # Else its end is the replica's to say.
-            if channel is not None and channel.idle:
-                channel.close("the replica is not there any more")
-
-    def _direct_replicas(
-        self, info: Mapping[str, Any] | None
-    ) -> dict[int, tuple[str, DirectAddress]]:
-        return {
-            replica_id: (worker, DirectAddress(*direct))
-            for replica_id, _, worker, direct in (info["replicas"] if info else ())
-            if direct is not None and worker != self._local_address
+        counts = {
+            slot.replica_id: slot.in_flight + slot.streams + slot.websockets
+            for slot in group.router.slots.values()
         }
-
-    def _open_direct(self, replica_id: int) -> None:
-        found = self._direct_addresses.get(replica_id)
-        if found is None or replica_id in self._direct:
-            return
-        worker, address = found
-        context = self._context if worker.startswith("tls://") else None
-
-        def closed(channel: DirectChannel) -> None:
-            del self._direct[replica_id]
-            if channel.broke:
-                self._doubt(worker)
-            delay = RECONNECT_S if channel.broke else DIRECT_RETRY_S
-            self.loop.call_later(delay, self._reopen_direct, replica_id)
-
-        channel = DirectChannel(address, worker, context, self._watch, closed)
-        channel.on_room = self._has_room
-        self._direct[replica_id] = channel
-
-    def _reopen_direct(self, replica_id: int) -> None:
-        found = self._direct_addresses.get(replica_id)
-        # Else it is due when there is a way to the worker at all.
-        if found is not None and self._has_channel(found[0]):
-            self._open_direct(replica_id)
-
-    def _doubt(self, worker: str) -> None:
-        """Send nothing where a connection broke, until more is known.
-
-        Mostly the process is dead: a request that was in one replica there is not to
-        be lost once more in another.
-        """
-        self._doubted.add(worker)
-        self._set_reachable(worker, False)
-        self.loop.call_later(RECONNECT_S, self._probe, worker)
-
-    def _probe(self, worker: str) -> None:
-        """Ask a worker whether it lives, if the connection to it still looks so.
-
-        The end of that one may only come late to a busy process.
-        """
-        channel = self._channels.get(worker)
-        if channel is None or not channel.is_open:
-            self._reopen(worker)
-            return
-        exchange = channel.open()
-
-        def told() -> None:
-            if exchange.first is not None:
-                self._believe(worker)
-            channel.close_exchange(exchange)
-
-        exchange.on_news = told
-        channel.send((CALL, exchange.exchange_id, NOBODY))
-
-    def _believe(self, worker: str) -> None:
-        self._doubted.discard(worker)
-        for replica_id, slot in self._on_worker.get(worker, {}).items():
-            slot.reachable = self._connected(slot)
-            self._hand_out(self._group_of[replica_id])
-
-    def _reopen(self, address: str) -> None:
-        if address in self._on_worker:
-            self._open(address)
-
-    def _set_reachable(self, address: str, reachable: bool) -> set[Group]:
-        """Note it for all replicas on a worker; return their deployments."""
-        there = self._on_worker.get(address, {})
-        for slot in there.values():
-            slot.reachable = reachable
-        return {self._group_of[replica_id] for replica_id in there}
-
-    def _drop_idle_channels(self) -> None:
-        for address in self._channels.keys() - self._on_worker.keys():
-            # A draining replica's requests may still be on their way.
-            if self._channels[address].idle:
-                self._channels[address].close("no replica is there any more")
-
-    def _hand_out(self, group: Group) -> None:
-        now = self.loop.time()
-        while group.waiting:
-            waiter = group.waiting[0].waiter
-            if waiter is None or waiter.done():
-                group.waiting.popleft()
-                continue
-            slot = _choose(group, group.waiting[0], now)
-            if slot is None:
-                self._look_again(group, now)
-                return
-            slot.in_flight += 1
-            group.begun += 1
-            group.waiting.popleft()
-            waiter.set_result(slot)
-
-    def _look_again(self, group: Group, now: float) -> None:
-        """Look once more when a replica that has refused may be asked again.
-
-        It tells when it has room, but for who comes from nowhere to a full one.
-        """
-        if group.timer is not None:
-            return
-        pauses = [s.full_until for s in group.router.slots.values()]
-        ends = [end for end in pauses if end > now]
-        if ends:
-            group.timer = self.loop.call_at(min(ends) + 0.001, self._pause_over, group)
-
-    def _pause_over(self, group: Group) -> None:
-        group.timer = None
-        self._hand_out(group)
-
-    def _has_room(self, replica_id: int) -> None:
-        """Note that a replica keeps a place for this process, for a moment."""
-        group = self._group_of.get(replica_id)
-        if group is None:
-            return
-        slot = group.router.slots[replica_id]
-        if not slot.reachable:
-            return
-        # One: for a second there may be no room.
-        call = next((c for c in group.waiting if _is_open(c.waiter)), None)
-        if call is not None and call.waiter is not None:
-            group.waiting.remove(call)
-            slot.in_flight += 1
-            group.begun += 1
-            call.waiter.set_result(slot)
-        else:
-            self.channel(slot).send((DECLINE, 0, replica_id))
+        running = {replica_id: n for replica_id, n in counts.items() if n}
+        return group.waiting, running, group.begun
 
     def _fail_waiting(self, group: Group, failure: Exception) -> None:
-        while group.waiting:
-            waiter = group.waiting.popleft().waiter
-            if waiter is not None and not waiter.done():
-                waiter.set_exception(failure)
+        for call in group.calls():
+            if call.queued:
+                call.fail(failure)
 
 
-def _choose(group: Group, call: Call, now: float) -> Slot | None:
-    if call.near:
-        near = group.router.choose_near(call.near, now)
-        if near is not None:
-            return near
-    return group.router.choose(now, call.avoid, call.model_id)
-
-
-def _is_open(waiter: asyncio.Future[Slot] | None) -> bool:
-    return waiter is not None and not waiter.done()
-
-
-class Call:
-    """One request or handle call, from the wait for a replica to the last message.
-
-    Use it on the dispatcher's loop, from one task; `abort` may come from any other
-    task of that loop. `finish` is due in any case and may be called twice.
-    """
-
-    __slots__ = ("_aborted", "_channel", "_dispatcher", "_exchange", "avoid",
-                 "deployment", "group", "model_id", "near", "number", "on_grant",
-                 "refused", "slot", "waiter")  # fmt: skip
-
-    def __init__(
-        self, dispatcher: Dispatcher, deployment: str, model_id: str = ""
-    ) -> None:
-        self._dispatcher = dispatcher
-        self.deployment = deployment
-        #: The model that it is for, if it is for one of many.
-        self.model_id = model_id
-        #: Workers where replicas are preferred, the best ones first.
-        self.near: tuple[str, ...] = ()
-        self._exchange: Exchange | None = None
-        self._channel: Channel | None = None
-        self._aborted: BaseException | None = None
-        #: Who came first has the lower one.
-        self.number = next(_numbers)
-        self.group: Group | None = None
-        self.slot: Slot | None = None
-        self.waiter: asyncio.Future[Slot] | None = None
-        self.avoid: Slot | None = None
-        self.refused = False
-        #: Told how many bytes of the request's body the replica takes.
-        self.on_grant: Callable[[int], None] | None = None
-
-    @property
-    def begun(self) -> bool:
-        """Whether a replica has been sent the request, and not been given up since."""
-        return self._exchange is not None
-
-    def begin_now(
-        self, make: Callable[[int, int], Message], on_news: Callable[[], None]
-    ) -> bool:
-        """Send a request if a replica has room for it; return whether one has.
-
-        Then `on_news` is called with what comes, until `stop_listening`; `first`
-        goes on from there.
-        """
-        group = self._dispatcher.groups.get(self.deployment)
-        if group is None:
-            return False
-        self.slot = self._dispatcher.acquire_now(self, group)
-        if self.slot is None:
-            return False
-        self.group = group
-        self._send_first(make, self.slot).on_news = on_news
-        return True
-
-    def peek(self) -> Message | None:
-        """Return what has come from the replica and was not taken, or None."""
-        return None if self._exchange is None else self._exchange.first
-
-    def stop_listening(self) -> None:
-        """Leave what comes to `first` and `next`."""
-        if self._exchange is not None:
-            self._exchange.on_news = None
-
-    async def first(
-        self, make: Callable[[int, int], Message], *, retry_lost: bool
-    ) -> Message:
-        """Send a request until a replica has taken it; return its first message.
-
-        Parameters
-        ----------
-        make
-            Makes the request's message from exchange id and replica id; called again
-            for another replica.
-        retry_lost
-            Whether to try another replica, once, if the one that had the request is
-            lost: the request is idempotent and can be sent again.
-
-        Raises
-        ------
-        ReplicaDiedError
-            The replica was lost with the request in it.
-        RequestError
-            Any other of its subclasses, as they say.
-        """
-        while True:
-            if self._exchange is None:
-                await self._begin(make)
-            try:
-                message = await self.next()
-            except ConnectionLostError as lost:
-                self.avoid = self.slot
-                self.finish()
-                if not retry_lost:
-                    raise ReplicaDiedError(str(lost)) from lost
-                retry_lost = False
-                continue
-            if message[0] != REFUSED:
-                return message
-            assert self.slot is not None
-            self.slot.full_until = self._dispatcher.loop.time() + REFUSED_PAUSE_S
-            self.refused = True
-            self.finish()
-
-    async def next(self) -> Message:
-        """Return the next message of the replica."""
-        if self._aborted is not None:
-            raise self._aborted
-        assert self._exchange is not None
-        return await self._exchange.next()
-
-    def send(self, op: int, *fields: Any) -> None:
-        """Send a further message to the replica that has the request."""
-        if self._exchange is not None:
-            assert self._channel is not None and self.slot is not None
-            exchange_id = self._exchange.exchange_id
-            self._channel.send((op, exchange_id, self.slot.replica_id, *fields))
-
-    def abort(self, failure: BaseException) -> None:
-        """Make `first` or `next` raise `failure`, wherever they wait."""
-        if self._aborted is None:
-            self._aborted = failure
-            if self.waiter is not None and not self.waiter.done():
-                self.waiter.set_exception(failure)
-            if self._exchange is not None:
-                self._exchange.fail(failure)
-
-    def cancel(self) -> None:
-        """Tell the replica that nobody waits for it any more, and finish."""
-        self.send(CANCEL)
-        self.finish()
-
-    def finish(self) -> None:
-        """Give the place in the replica back."""
-        if self._exchange is not None:
-            assert self._channel is not None
-            self._channel.close_exchange(self._exchange)
-            self._exchange = None
-        if self.slot is not None:
-            slot, self.slot = self.slot, None
-            assert self.group is not None
-            self._dispatcher.release(self.group, slot)
-
-    async def _begin(self, make: Callable[[int, int], Message]) -> None:
-        dispatcher = self._dispatcher
-        self.group = dispatcher.groups.get(self.deployment) or await dispatcher.group(
-            self.deployment
-        )
-        while self._aborted is None:
-            self.slot = await dispatcher.acquire(self, self.group)
-            if self.slot.reachable:
-                break
-            self.finish()  # its connection broke while the place was handed out
-        if self._aborted is not None:
-            self.finish()
-            raise self._aborted
-        assert self.slot is not None
-        self._send_first(make, self.slot)
-
-    def _send_first(self, make: Callable[[int, int], Message], slot: Slot) -> Exchange:
-        self._channel = channel = self._dispatcher.channel(slot)
-        self._exchange = exchange = channel.open()
-        exchange.replica_id = slot.replica_id
-        exchange.on_grant = self.on_grant
-        channel.send(make(exchange.exchange_id, slot.replica_id))
-        return exchange
-
-
-def timeout_error(name: str, timeout_s: float) -> RequestTimeoutError:
-    """Return the error of a request that got no answer in time."""
-    return RequestTimeoutError(
-        f"Deployment {name!r} did not begin to answer within {timeout_s:g} s."
+def _too_many_websockets(group: Group) -> QueueFullError:
+    return QueueFullError(
+        f"WebSocket refused: each replica of deployment {group.name!r} has as many as "
+        f"it may (max_websockets={group.max_websockets})."
     )
+
+
+def _stopping() -> DeploymentUnavailableError:
+    return DeploymentUnavailableError("daskserve is stopping here.")

@@ -38,8 +38,13 @@ From a replica to a caller:
 These belong to no exchange, and have a 0 for its id:
 
 ============  ==============================================================
-``ROOM``      replica: it keeps a place for who was refused before
-``DECLINE``   replica: from a caller that has no use for the place
+``WANT``      replica, number of slots that a caller has use for; it gets as many
+              ``ROOM`` in time
+``ROOM``      replica: it keeps a slot for a caller that wants one or was refused
+``DECLINE``   replica: from a caller that has no use for slots any more
+``LOAD``      replica, requests of others in it, how many it takes at a time,
+              microseconds that each adds to the wait of the next, whether calls that
+              nobody waits for keep it from all others: when that has changed
 ``WELCOME``   the secret was right (on direct connections)
 ``GOODBYE``   the replica is about to end (on direct connections)
 ============  ==============================================================
@@ -83,12 +88,20 @@ ROOM: Final = 32
 WELCOME: Final = 33
 GOODBYE: Final = 34
 DECLINE: Final = 35
+WANT: Final = 36
+LOAD: Final = 37
 
 PART: Final = 48
 WHOLE: Final = 49
 
 #: Messages that begin an exchange.
 OPENING: Final = frozenset({REQUEST, CALL, CONNECT})
+#: Why a request is ``REFUSED`` by a replica that offers a slot later.
+FULL: Final = "full"
+#: Why a WebSocket is.
+FULL_OF_WEBSOCKETS: Final = "max_websockets"
+#: Of requests at once, where there is no limit.
+NO_LIMIT: Final = 2**31 - 1
 #: The id of no replica: a worker refuses what is for it, and so says that it lives.
 NOBODY: Final = 0
 #: Messages with packed values, in which there may be views of memory.

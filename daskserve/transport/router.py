@@ -1,7 +1,13 @@
-"""Choose a replica for a request: no I/O, one loop's use. Any process.
+"""Choose a replica for a request by the wait to expect there: pure. Any process.
 
-Local first while it has room, else the less loaded of two random ones ("power of two
-choices": M. Mitzenmacher, IEEE TPDS 12(10), 2001), by this caller's own count.
+A caller knows its own requests in each replica; replicas tell, with their answers, what
+they have of others, how long a call takes there and how many they take at a time. The
+least expected wait wins, calls in progress times what each takes, as in Finagle's and
+linkerd's "peak EWMA". Being in the caller's process is worth the hop that it saves and
+no more. Of many replicas only some are looked at, by chance ("power of two choices":
+M. Mitzenmacher, IEEE TPDS 12(10), 2001), and nothing is sent to one that is thought to
+be full: it waits at the caller, who asks for a slot, until somebody is free ("late
+binding": K. Ousterhout et al., "Sparrow", SOSP 2013).
 
 A request for one of many models goes to the replica that comes first for it in an order
 that all callers share ("highest random weight": D. Thaler and C. Ravishankar, IEEE/ACM
@@ -11,11 +17,28 @@ Trans. Networking 6(1), 1998), so that it finds the model there, loaded by other
 from __future__ import annotations
 
 import hashlib
+import heapq
+import math
 import random
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+#: What a message to another process and back costs, in seconds. A call that takes less
+#: is not worth moving: that costs more than it brings.
+HOP_S = 100e-6
+#: How long a call is thought to take before any replica has said.
+UNKNOWN_CALL_S = 1e-3
+#: For how long it counts what a replica said of others' requests in it, in seconds.
+VALID_S = 1.0
+#: So many replicas are all looked at; of more, this many by chance.
+FEW, SAMPLED = 8, 4
+#: Times that differ by less are taken for equal: they are measured, and so noisy.
+NOISE = 1.3
+#: How much a report of a call's time counts beside those before it.
+WEIGHT = 0.05
+#: Bytes/s at which values are thought to travel between hosts, and within one.
+BETWEEN_HOSTS, WITHIN_HOST = 250e6, 1e9
 #: For how many models the order of replicas is kept.
 MAX_RANKED = 1000
 
@@ -30,14 +53,34 @@ class Slot:
     worker: str
     #: It lives in the caller's own process.
     local: bool = False
-    #: Requests of this caller that are in it.
+    #: How many requests it takes at a time before it has said; None: as many as may be.
+    first_limit: int | None = None
+    #: Requests of this caller that are in it, and how many it takes at a time.
     in_flight: int = 0
-    #: It refused a request; not asked again before this time (the caller's clock).
-    full_until: float = 0.0
+    limit: int = 1
+    #: Streams of this caller whose sync code is done, and its open WebSockets.
+    streams: int = 0
+    websockets: int = 0
+    #: It has as many WebSockets as it may, or so it said: until this time.
+    no_websockets_until: float = 0.0
+    #: Requests of others in it, abandoned ones included, and until when that counts.
+    others: int = 0
+    valid_until: float = 0.0
+    #: How much longer one more request has to wait for each that is in it, in seconds;
+    #: below 0: unknown.
+    call_s: float = -1.0
+    #: Calls that nobody waits for any more keep all its threads.
+    stuck: bool = False
+    #: How many slots it was asked for that it has not offered yet.
+    asked: int = 0
+    #: It refused or was asked: nothing is sent before it offers a slot, or this time.
+    closed_until: float = 0.0
     #: There is a connection to its worker.
     reachable: bool = True
     #: It is still in the newest snapshot.
     routable: bool = True
+    #: Where it stands in the router's list of those with room; -1: nowhere.
+    index: int = -1
 
 
 class Router:
@@ -52,8 +95,16 @@ class Router:
     def __init__(self, rng: random.Random | None = None) -> None:
         self.slots: dict[int, Slot] = {}
         self.max_ongoing = 1
+        #: Requests of this caller in all replicas, those that drain included.
+        self.in_flight = 0
+        #: What a call takes in most replicas, in seconds.
+        self.call_s = UNKNOWN_CALL_S
+        self._heard = False
+        #: Replicas with room, as far as this caller's own requests go.
+        self._open: list[Slot] = []
         self._local: list[Slot] = []
-        self._remote: list[Slot] = []
+        #: Those that are closed, by the time at which they are opened at the latest.
+        self._closed: list[tuple[float, int, Slot]] = []
         self._random = (rng or random.Random()).random
         self._ranked: OrderedDict[str, list[Slot]] = OrderedDict()
 
@@ -62,113 +113,244 @@ class Router:
         fresh = {}
         for slot in slots:
             fresh[slot.replica_id] = self.slots.get(slot.replica_id, slot)
-        for replica_id, slot in self.slots.items():
-            slot.routable = replica_id in fresh
-        self.slots = fresh
-        self.max_ongoing = max_ongoing
+        former, self.slots = self.slots, fresh
+        changed, self.max_ongoing = max_ongoing != self.max_ongoing, max_ongoing
+        for replica_id, slot in former.items():
+            if replica_id not in fresh:
+                slot.routable = False
+                self.note(slot)
+        for replica_id, slot in fresh.items():
+            if replica_id not in former or (changed and slot.first_limit is None):
+                limit = slot.first_limit
+                slot.limit = max_ongoing if limit is None else min(limit, max_ongoing)
+            self.note(slot)
         self._local = [slot for slot in fresh.values() if slot.local]
-        self._remote = [slot for slot in fresh.values() if not slot.local]
         self._ranked.clear()
 
-    def choose(
-        self, now: float, avoid: Slot | None = None, model_id: str = ""
-    ) -> Slot | None:
-        """Return a replica with room, or None.
+    def begin(self, slot: Slot) -> None:
+        """Count a request that is sent to a replica; `end` it."""
+        slot.in_flight += 1
+        self.in_flight += 1
+        if slot.in_flight >= slot.limit:
+            self.note(slot)
 
-        Parameters
-        ----------
-        now
-            The clock of `Slot.full_until`.
-        avoid
-            A replica to be taken only if there is no other.
-        model_id
-            The model that the request is for; "": none in particular.
-        """
-        if len(self.slots) == 1:
-            (only,) = self.slots.values()
-            return only if self._has_room(only, now) else None
-        if model_id:
-            best = self._first_for(model_id, now, avoid)
-        else:
-            best = self._less_loaded(self._local, now, avoid)
-            if best is None:
-                best = self._less_loaded(self._remote, now, avoid)
-        if best is None and avoid is not None and self._has_room(avoid, now):
-            return avoid
-        return best
+    def end(self, slot: Slot) -> None:
+        """Count a request that has ended."""
+        slot.in_flight -= 1
+        self.in_flight -= 1
+        if slot.index < 0:
+            self.note(slot)
 
-    def choose_near(self, workers: Iterable[str], now: float) -> Slot | None:
-        """Return a replica with room on one of some workers, or on a host of theirs.
-
-        Parameters
-        ----------
-        workers
-            Dask addresses, the best ones first.
-        now
-            The clock of `Slot.full_until`.
-        """
-        roomy = [slot for slot in self.slots.values() if self._has_room(slot, now)]
-        for place in (str, _host):
-            for worker in workers:
-                there = [s for s in roomy if place(s.worker) == place(worker)]
-                if there:
-                    return min(there, key=lambda slot: slot.in_flight)
-        return None
-
-    @property
-    def in_flight(self) -> int:
-        """Requests of this caller in all replicas of the newest snapshot."""
-        return sum(slot.in_flight for slot in self.slots.values())
-
-    def _has_room(self, slot: Slot, now: float) -> bool:
-        return (
+    def note(self, slot: Slot) -> None:
+        """Look again whether a replica has room, after any change to its slot."""
+        has_room = (
             slot.reachable
             and slot.routable
-            and slot.in_flight < self.max_ongoing
-            and slot.full_until <= now
+            and slot.in_flight < slot.limit
+            and not slot.closed_until
         )
+        if has_room == (slot.index >= 0):
+            return
+        if has_room:
+            slot.index = len(self._open)
+            self._open.append(slot)
+        else:
+            last = self._open.pop()
+            if last is not slot:
+                self._open[slot.index] = last
+                last.index = slot.index
+            slot.index = -1
 
-    def _first_for(self, model_id: str, now: float, avoid: Slot | None) -> Slot | None:
-        ranked = self._ranked.get(model_id)
+    def report(
+        self,
+        slot: Slot,
+        others: int,
+        limit: int,
+        call_s: float,
+        stuck: bool,
+        now: float,
+    ) -> None:
+        """Take what a replica says of itself.
+
+        Parameters
+        ----------
+        slot
+            The replica's.
+        others
+            Requests of other callers in it.
+        limit
+            How many it takes at a time.
+        call_s
+            Seconds that each of them adds to the wait of the next.
+        stuck
+            Whether calls that nobody waits for keep all its threads.
+        now
+            Time in seconds.
+        """
+        self.call_s += (call_s - self.call_s) * (WEIGHT if self._heard else 1)
+        self._heard = True
+        alike = self.call_s < NOISE * call_s and call_s < NOISE * self.call_s
+        slot.call_s = -1.0 if alike else call_s
+        slot.others, slot.stuck = others, stuck
+        slot.valid_until = math.inf if stuck else now + VALID_S
+        slot.limit = min(limit, self.max_ongoing)
+        self.note(slot)
+
+    def choose(self, now: float, avoid: Slot | None = None) -> Slot | None:
+        """Return the replica with the least expected wait, or None if all are full.
+
+        Parameters
+        ----------
+        now
+            Time in seconds.
+        avoid
+            A replica to be taken only if there is no other.
+        """
+        slots = self._open
+        count = len(slots)
+        if count == 1 and slots[0].valid_until <= now:
+            return slots[0]
+        if count <= FEW:
+            # From anywhere on, so that the first does not get all that are alike.
+            i = int(self._random() * count)
+            best = self._best(slots[i:] + slots[:i], now, avoid)
+        else:
+            drawn = [slots[int(self._random() * count)] for _ in range(SAMPLED)]
+            drawn += [slot for slot in self._local if slot.index >= 0]
+            best = self._best(drawn, now, avoid)
+        if best is None and avoid is not None and avoid.index >= 0:
+            return self._best([avoid], now, None)
+        return best
+
+    def choose_near(
+        self, bytes_at: Mapping[str, int], total_bytes: int, now: float
+    ) -> Slot | None:
+        """Return the replica that can begin first, where values have to travel.
+
+        Parameters
+        ----------
+        bytes_at
+            How many bytes of the values are on which workers.
+        total_bytes
+            How many there are.
+        now
+            Time in seconds.
+        """
+        on_host: dict[str, int] = {}
+        for worker, size in bytes_at.items():
+            host = host_of(worker)
+            on_host[host] = max(on_host.get(host, 0), size)
+
+        def travel_s(slot: Slot) -> float:
+            here = bytes_at.get(slot.worker, 0)
+            near = max(here, on_host.get(host_of(slot.worker), 0))
+            return (total_bytes - near) / BETWEEN_HOSTS + (near - here) / WITHIN_HOST
+
+        waits = [(self._wait(slot, now) + travel_s(slot), slot) for slot in self._open]
+        best = min(waits, key=lambda pair: pair[0], default=(math.inf, None))
+        return None if best[0] == math.inf else best[1]
+
+    def choose_for_model(
+        self, model_id: str, now: float, avoid: Slot | None = None
+    ) -> Slot | None:
+        """Return the first replica with room in a model's order, or None."""
+        for slot in self.ranked(model_id):
+            if slot.index >= 0 and slot is not avoid:
+                if self._wait(slot, now) != math.inf:
+                    return slot
+        return self.choose(now, avoid)
+
+    def choose_for_websocket(self, limit: int, now: float) -> Slot | None:
+        """Return the replica with the fewest WebSockets, None if all have `limit`."""
+        least, best = limit, None
+        start = int(self._random() * max(1, len(self.slots)))
+        slots = list(self.slots.values())
+        for slot in slots[start:] + slots[:start]:
+            if slot.websockets < least and slot.reachable:
+                if slot.no_websockets_until <= now:
+                    least, best = slot.websockets, slot
+        return best
+
+    @property
+    def reachable(self) -> bool:
+        """Whether any replica can be reached."""
+        return any(slot.reachable for slot in self.slots.values())
+
+    def to_ask(self, number: int) -> list[Slot]:
+        """Return some replicas that are full by what they said, and may be asked."""
+        if len(self._open) <= number:
+            return list(self._open)
+        i = int(self._random() * len(self._open))
+        return (self._open[i:] + self._open[:i])[:number]
+
+    def reopen(self, now: float) -> float | None:
+        """Try again with replicas that have been closed long enough.
+
+        Returns
+        -------
+        float or None
+            When the next one is due.
+        """
+        closed = self._closed
+        while closed and closed[0][0] <= now:
+            until, _, slot = heapq.heappop(closed)
+            if slot.closed_until == until:  # else it was opened meanwhile
+                self.open(slot)
+        return closed[0][0] if closed else None
+
+    def close(self, slot: Slot, until: float, asked: int = 0) -> None:
+        """Send nothing to a replica until it offers a slot, or that time has come."""
+        slot.closed_until, slot.asked = until, asked
+        heapq.heappush(self._closed, (until, slot.replica_id, slot))
+        self.note(slot)
+
+    def open(self, slot: Slot) -> None:
+        """End that."""
+        slot.closed_until, slot.asked = 0.0, 0
+        self.note(slot)
+
+    def ranked(self, key: str) -> list[Slot]:
+        """Return all replicas in the order that all callers have for a key."""
+        ranked = self._ranked.get(key)
         if ranked is None:
             ranked = sorted(
                 self.slots.values(),
                 key=lambda slot: hashlib.blake2b(
-                    f"{model_id}\0{slot.tag}".encode(), digest_size=8
+                    f"{key}\0{slot.tag}".encode("utf-8", "surrogatepass"), digest_size=8
                 ).digest(),
             )
-            self._ranked[model_id] = ranked
+            self._ranked[key] = ranked
             if len(self._ranked) > MAX_RANKED:
                 self._ranked.popitem(last=False)
-        for slot in ranked:
-            if slot is not avoid and self._has_room(slot, now):
-                return slot
-        return None
+        return ranked
 
-    def _less_loaded(
-        self, slots: list[Slot], now: float, avoid: Slot | None
+    def _best(
+        self, slots: Iterable[Slot], now: float, avoid: Slot | None
     ) -> Slot | None:
-        count = len(slots)
-        if count == 0:
-            return None
-        if count <= 2:
-            first, second = slots[0], slots[-1]
-        else:
-            # Two different ones, each pair as likely.
-            i = int(self._random() * count)
-            j = int(self._random() * (count - 1))
-            first, second = slots[i], slots[j + (j >= i)]
-        if first.in_flight > second.in_flight or (
-            first.in_flight == second.in_flight and self._random() < 0.5
-        ):
-            first, second = second, first
-        for slot in (first, second):
-            if slot is not avoid and self._has_room(slot, now):
-                return slot
-        # Both of the two are full: only then it is worth looking at all.
-        roomy = [s for s in slots if s is not avoid and self._has_room(s, now)]
-        return min(roomy, key=lambda slot: slot.in_flight, default=None)
+        best, least = None, math.inf
+        for slot in slots:
+            if slot is not avoid:
+                wait = self._wait(slot, now)
+                if wait < least:
+                    best, least = slot, wait
+        return best
+
+    def _wait(self, slot: Slot, now: float) -> float:
+        """Return the seconds until one more request would be done; inf: it is full."""
+        load = slot.in_flight
+        if slot.valid_until > now:
+            load += slot.others
+            if slot.stuck:
+                return math.inf if load >= slot.limit else 1e6 + load
+        if load >= slot.limit:
+            return math.inf
+        call_s = slot.call_s
+        if call_s < 0.0:
+            call_s = self.call_s
+        wait = call_s if slot.local else call_s + HOP_S
+        return wait + load * (call_s - HOP_S) if call_s > HOP_S else wait
 
 
-def _host(address: str) -> str:
+def host_of(address: str) -> str:
+    """Return a worker's host, with the protocol."""
     return address.rpartition(":")[0]

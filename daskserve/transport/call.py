@@ -1,0 +1,270 @@
+"""One request or handle call at its caller, from the queue to the last message."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from daskserve.exceptions import ReplicaDiedError, RequestTimeoutError
+from daskserve.transport.channel import Channel, ConnectionLostError, Exchange
+from daskserve.transport.group import Group
+from daskserve.transport.messages import CANCEL, REFUSED, Message
+from daskserve.transport.router import Slot
+
+if TYPE_CHECKING:
+    from daskserve.transport.dispatcher import Dispatcher
+
+#: Makes the message of a request of exchange id and replica id.
+Make: TypeAlias = Callable[[int, int], Message]
+
+
+class Call:
+    """One request or handle call.
+
+    Use it on the dispatcher's loop, by callbacks (`begin`) or from one task (`first`);
+    `abort` may come from any other task of that loop. `finish` is due in any case and
+    may be called twice.
+    """
+
+    __slots__ = ("_aborted", "_channel", "_dispatcher", "_exchange", "_failed", "_left",
+                 "_make", "_on_news", "_waiter", "avoid", "deployment", "group",
+                 "model_id", "near", "on_grant", "queued", "returned", "slot",
+                 "websocket")  # fmt: skip
+
+    def __init__(
+        self, dispatcher: Dispatcher, deployment: str, model_id: str = ""
+    ) -> None:
+        self._dispatcher = dispatcher
+        self.deployment = deployment
+        #: The model that it is for, if it is for one of many.
+        self.model_id = model_id
+        #: How many bytes of its values are on which workers, and how many there are.
+        self.near: tuple[Mapping[str, int], int] | None = None
+        #: It lasts for long, and has no part in the limit of requests.
+        self.websocket = False
+        self.group: Group | None = None
+        self.slot: Slot | None = None
+        #: A replica to be taken only if there is no other.
+        self.avoid: Slot | None = None
+        #: It waits for a slot.
+        self.queued = False
+        #: A replica had no slot for it, so that it has had its turn.
+        self.returned = False
+        #: Told how many bytes of the request's body the replica takes.
+        self.on_grant: Callable[[int], None] | None = None
+        self._exchange: Exchange | None = None
+        self._channel: Channel | None = None
+        self._aborted: BaseException | None = None
+        self._failed: BaseException | None = None
+        #: Its slot was given back before it ended.
+        self._left = False
+        self._make: Make | None = None
+        self._on_news: Callable[[], None] | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether a replica has been sent the request, and not been given up since."""
+        return self._exchange is not None
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why nothing comes any more: it was aborted, or failed while it waited."""
+        return self._aborted or self._failed
+
+    # By callbacks.
+
+    def begin(self, make: Make, on_news: Callable[[], None]) -> bool:
+        """Send a request as soon as a replica has a slot for it.
+
+        Then `on_news` is called when there is something to `peek` at, or a `failure`,
+        until `stop_listening`; `first` goes on from there. False: nothing is known of
+        the deployment yet, and nothing was done.
+
+        Raises
+        ------
+        RequestError
+            It can't wait, as there is no room for that, or no sense in it.
+        """
+        group = self._dispatcher.groups.get(self.deployment)
+        if group is None:
+            return False
+        self.group = group
+        self._make, self._on_news = make, on_news
+        self._dispatcher.submit(self, group)
+        return True
+
+    def peek(self) -> Message | None:
+        """Return what has come from the replica and was not taken, or None."""
+        return None if self._exchange is None else self._exchange.first
+
+    def stop_listening(self) -> None:
+        """Leave what comes to `first` and `next`."""
+        self._on_news = None
+        if self._exchange is not None:
+            self._exchange.on_news = None
+
+    def try_again(self, reason: str) -> None:
+        """Wait for another slot, since a replica has refused the request.
+
+        Raises
+        ------
+        RequestError
+            As `begin`.
+        """
+        group, slot = self.group, self.slot
+        assert group is not None and slot is not None
+        self._dispatcher.refused(self, group, slot, reason)
+        self.returned = True
+        self.finish()
+        self._dispatcher.submit(self, group)
+
+    # From a task.
+
+    async def first(self, make: Make, *, retry_lost: bool) -> Message:
+        """Send a request until a replica has taken it; return its first message.
+
+        Parameters
+        ----------
+        make
+            Makes the request's message from exchange id and replica id; called again
+            for another replica.
+        retry_lost
+            Whether to try another replica, once, if the one that had the request is
+            lost: the request is idempotent and can be sent again.
+
+        Raises
+        ------
+        ReplicaDiedError
+            The replica was lost with the request in it.
+        RequestError
+            Any other of its subclasses, as they say.
+        """
+        self._make = make
+        while True:
+            if self._exchange is None:
+                await self._send()
+            try:
+                message = await self.next()
+            except ConnectionLostError as lost:
+                self.avoid = self.slot
+                self.finish()
+                if not retry_lost:
+                    raise ReplicaDiedError(str(lost)) from lost
+                retry_lost = False
+                continue
+            if message[0] != REFUSED:
+                return message
+            self.try_again(message[2])
+
+    async def next(self) -> Message:
+        """Return the next message of the replica."""
+        if self._aborted is not None:
+            raise self._aborted
+        assert self._exchange is not None
+        return await self._exchange.next()
+
+    async def _send(self) -> None:
+        """Send the request as soon as a replica has a slot for it."""
+        dispatcher = self._dispatcher
+        if self._aborted is None and not self.queued:
+            self.group = dispatcher.groups.get(
+                self.deployment
+            ) or await dispatcher.group(self.deployment)
+            if self._aborted is None:
+                dispatcher.submit(self, self.group)
+        if self.queued:
+            self._waiter = dispatcher.loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        if self.failure is not None:
+            self.finish()
+            raise self.failure
+
+    # Both.
+
+    def send(self, op: int, *fields: Any) -> None:
+        """Send a further message to the replica that has the request."""
+        if self._exchange is not None:
+            assert self._channel is not None and self.slot is not None
+            exchange_id = self._exchange.exchange_id
+            self._channel.send((op, exchange_id, self.slot.replica_id, *fields))
+
+    def streams(self) -> None:
+        """Note that the answer comes in parts: its sync code is done by then."""
+        slot = self.slot
+        if slot is None or slot.first_limit is None or self._left or self.websocket:
+            return
+        assert self.group is not None
+        self._left = True
+        slot.streams += 1
+        self._dispatcher.release(self.group, slot)
+
+    def abort(self, failure: BaseException) -> None:
+        """Make `first` or `next` raise `failure`, wherever they wait."""
+        if self._aborted is None:
+            self._aborted = failure
+            if self.queued:
+                self.fail(failure)
+            if self._exchange is not None:
+                self._exchange.fail(failure)
+
+    def cancel(self) -> None:
+        """Tell the replica that nobody waits for it any more, and finish."""
+        self.send(CANCEL)
+        self.finish()
+
+    def finish(self) -> None:
+        """Give the slot in the replica back, or the place in the queue."""
+        if self.queued:
+            assert self.group is not None
+            self.group.leave(self)
+        if self._exchange is not None:
+            assert self._channel is not None
+            self._channel.close_exchange(self._exchange)
+            self._exchange = None
+        if self.slot is not None:
+            slot, self.slot = self.slot, None
+            assert self.group is not None
+            if self._left:
+                self._left = False
+                slot.streams -= 1
+            else:
+                self._dispatcher.release(self.group, slot, self.websocket)
+
+    # What the dispatcher calls.
+
+    def assign(self, slot: Slot) -> None:
+        """Send the request to a replica that has a slot for it."""
+        assert self._make is not None
+        self.slot = slot
+        self._channel = channel = self._dispatcher.connections.channel(slot)
+        self._exchange = exchange = channel.open()
+        exchange.replica_id = slot.replica_id
+        exchange.on_grant = self.on_grant
+        exchange.on_news = self._on_news
+        channel.send(self._make(exchange.exchange_id, slot.replica_id))
+        self._wake()
+
+    def fail(self, failure: BaseException) -> None:
+        """Let it fail while it waits."""
+        assert self.group is not None
+        self.group.leave(self)
+        self._failed = failure
+        if self._on_news is not None:
+            self._on_news()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def timeout_error(name: str, timeout_s: float) -> RequestTimeoutError:
+    """Return the error of a request that got no answer in time."""
+    return RequestTimeoutError(
+        f"Deployment {name!r} did not begin to answer within {timeout_s:g} s."
+    )

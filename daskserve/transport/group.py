@@ -1,0 +1,139 @@
+"""One deployment as a process sees it: its replicas, and who waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from daskserve.exceptions import DeploymentUnavailableError, QueueFullError
+from daskserve.transport.messages import NO_LIMIT
+from daskserve.transport.router import Router, Slot
+
+if TYPE_CHECKING:
+    from daskserve.transport.call import Call
+
+#: Calls that have left the queue stay in it for a while, but never more than so many
+#: and as many as wait.
+MAX_LEFT = 64
+
+
+class Group:
+    """One deployment.
+
+    Parameters
+    ----------
+    name
+        Its name.
+    """
+
+    __slots__ = ("begun", "connecting_until", "hopeless", "info", "max_queued",
+                 "max_websockets", "name", "router", "timeout_s", "timer", "waiting",
+                 "wanted", "_queue", "_returned")  # fmt: skip
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.router = Router()
+        #: How many requests were given to a replica, up to now.
+        self.begun = 0
+        #: Whether connections are made; there may be no request from here ever.
+        self.wanted = False
+        #: Until when new replicas may not be reachable yet; 0: all are.
+        self.connecting_until = 0.0
+        #: Its part of the newest snapshot.
+        self.info: Mapping[str, Any] | None = None
+        self.hopeless = False
+        self.max_queued: int | None = None
+        self.max_websockets = 1000
+        self.timeout_s: float | None = None
+        #: Of the next look at replicas that are closed, or not reachable yet.
+        self.timer: asyncio.TimerHandle | None = None
+        #: How many calls wait.
+        self.waiting = 0
+        # In the order in which they came; those that a replica has given back first.
+        # Who has gone stays until it is its turn: to look for it would take longer.
+        self._queue: deque[Call] = deque()
+        self._returned: deque[Call] = deque()
+
+    def update(
+        self, info: Mapping[str, Any], local_address: str | None
+    ) -> tuple[list[Slot], list[Slot]]:
+        """Take this deployment's part of a snapshot; return new and former slots."""
+        self.info = info
+        self.hopeless = info["hopeless"]
+        self.max_queued, self.timeout_s = info["max_queued"], info["timeout_s"]
+        self.max_websockets = info["max_websockets"]
+        former = self.router.slots
+        self.router.update(
+            (
+                Slot(replica_id, tag, worker, worker == local_address, limit)
+                for replica_id, tag, worker, _, limit in info["replicas"]
+            ),
+            info["max_ongoing"] or NO_LIMIT,
+        )
+        present = self.router.slots
+        new = [slot for i, slot in present.items() if i not in former]
+        return new, [slot for i, slot in former.items() if i not in present]
+
+    def enqueue(self, call: Call) -> None:
+        """Let a call wait; one that a replica has given back had its turn before."""
+        call.queued = True
+        self.waiting += 1
+        (self._returned if call.returned else self._queue).append(call)
+
+    def leave(self, call: Call) -> None:
+        """Let a call wait no more."""
+        if not call.queued:
+            return
+        call.queued = False
+        self.waiting -= 1
+        if len(self._queue) > 2 * self.waiting + MAX_LEFT:
+            self._queue = deque(c for c in self._queue if c.queued)
+        if len(self._returned) > 2 * self.waiting + MAX_LEFT:
+            self._returned = deque(c for c in self._returned if c.queued)
+
+    def next_call(self) -> Call | None:
+        """Return the call whose turn it is, or None if none waits."""
+        for queue in (self._returned, self._queue):
+            while queue:
+                if queue[0].queued:
+                    return queue[0]
+                queue.popleft()
+        return None
+
+    def calls(self) -> Iterator[Call]:
+        """Return all calls that wait, in their order."""
+        return (c for q in (self._returned, self._queue) for c in list(q) if c.queued)
+
+    def fair_share(self) -> int:
+        """Return how many requests each replica gets if all get the same."""
+        requests = self.router.in_flight + self.waiting
+        return -(-requests // max(1, len(self.router.slots)))
+
+    def unavailable(self) -> DeploymentUnavailableError | None:
+        """Say why nothing can ever take a request, or None if waiting makes sense."""
+        if self.hopeless and not self.router.slots:
+            return DeploymentUnavailableError(
+                f"Deployment {self.name!r} is unavailable because it failed to deploy."
+            )
+        return None
+
+    def check_queue(self, elsewhere: int) -> None:
+        """Raise `QueueFullError` if one more must not wait, with so many elsewhere."""
+        if self.max_queued is None:
+            return
+        waiting = self.waiting + elsewhere
+        if waiting < self.max_queued:
+            return
+        # Who waits here for what replicas may have at once does not count.
+        router = self.router
+        slots = sum(s.first_limit is not None for s in router.slots.values())
+        if self.connecting_until:
+            slots = len(router.slots)
+        room = max(0, slots * router.max_ongoing - router.in_flight)
+        if waiting >= self.max_queued + room:
+            raise QueueFullError(
+                f"Request dropped: {waiting} requests wait for deployment "
+                f"{self.name!r} already (max_queued_requests={self.max_queued})."
+            )
