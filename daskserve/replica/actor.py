@@ -33,6 +33,8 @@ class ReplicaSpec:
     max_ongoing_requests: int
     health_check_period_s: float
     health_check_timeout_s: float
+    #: How many sync calls run at once.
+    threads: int = 1
 
 
 class Replica:
