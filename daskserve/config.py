@@ -672,6 +672,8 @@ class DeploymentOptions(_Options):
     max_ongoing_requests
         Requests that a replica works on at once, 1 or more. ``max_concurrent_queries``
         is an older name of it.
+    threads
+        Sync calls that run at once in a replica, 1 or more.
     max_queued_requests
         Requests that may wait, over all replicas, 0 or more; None, or -1, for no limit.
     resources
@@ -717,6 +719,7 @@ class DeploymentOptions(_Options):
     prev_version: str | None = None
     user_config: Any = Field(default=None, repr=False)
     max_ongoing_requests: Count = _configured("deployment.max-ongoing-requests")
+    threads: Count = _configured("deployment.threads")
     max_queued_requests: Annotated[int, _whole_number(0)] | None = _configured(
         "deployment.max-queued-requests"
     )

@@ -200,6 +200,7 @@ class LocalApp:
                     max_ongoing_requests=options.max_ongoing_requests,
                     health_check_period_s=options.health_check_period_s,
                     health_check_timeout_s=options.health_check_timeout_s,
+                    threads=options.threads,
                 )
                 runner = Runner(
                     spec, report, self.session, self.session.settings.window_bytes

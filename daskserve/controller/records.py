@@ -58,6 +58,8 @@ class Spec:
     autoscaling
         An `AutoscalingConfig` as a dict, if `num_replicas` follows the load: then that
         is how many are wanted now.
+    threads
+        Sync calls that run at once in a replica.
     """
 
     name: str
@@ -81,6 +83,8 @@ class Spec:
     app: str | None = None
     app_place: int = 0
     autoscaling: Mapping[str, Any] | None = None
+    # What is new has a default: it is not in the state files that there are.
+    threads: int = 1
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> Self:
@@ -142,6 +146,7 @@ class Spec:
             self.version is not None
             and self.version == other.version
             and self.init == other.init
+            and self.threads == other.threads
             and dict(self.resources) == dict(other.resources)
             and self.workers == other.workers
             and (other.user_config is not None or self.user_config is None)
