@@ -676,6 +676,8 @@ class DeploymentOptions(_Options):
     max_websockets
         WebSockets that one replica has open at once, 1 or more; beyond, handshakes are
         refused at once, with 503.
+    threads
+        Sync calls that run at once in a replica, 1 or more.
     max_queued_requests
         Requests that may wait, over all replicas, 0 or more; None, or -1, for no limit.
     resources
@@ -722,6 +724,7 @@ class DeploymentOptions(_Options):
     user_config: Any = Field(default=None, repr=False)
     max_ongoing_requests: Count | None = _configured("deployment.max-ongoing-requests")
     max_websockets: Count = _configured("deployment.max-websockets")
+    threads: Count = _configured("deployment.threads")
     max_queued_requests: Annotated[int, _whole_number(0)] | None = _configured(
         "deployment.max-queued-requests"
     )

@@ -338,6 +338,7 @@ class Deployment:
                 if options.autoscaling_config is None
                 else AutoscalingConfig(**options.autoscaling_config).model_dump()
             ),
+            threads=options.threads,
         )
 
     def _check_arguments(self, options: DeploymentOptions) -> None:
@@ -390,11 +391,12 @@ def deployment(
         ``name`` (default: the class's), ``route_prefix`` (default ``/{name}``, None for
         no HTTP), ``num_replicas`` (1), ``init_args``, ``init_kwargs``, ``version``,
         ``prev_version``, ``user_config``, ``max_ongoing_requests`` (100 in each
-        replica), ``max_queued_requests`` (1000), ``resources`` and ``workers`` (as in
-        Dask), ``request_timeout_s`` (default: the instance's), ``deploy_timeout_s``
-        (300), ``graceful_shutdown_timeout_s`` (20), ``graceful_shutdown_wait_loop_s``
-        (2), ``health_check_period_s`` (10), ``health_check_timeout_s`` (30): see the
-        notes. Times are seconds or strings such as ``"500ms"``.
+        replica), ``threads`` (1 in each replica), ``max_queued_requests`` (1000),
+        ``resources`` and ``workers`` (as in Dask), ``request_timeout_s`` (default: the
+        instance's), ``deploy_timeout_s`` (300), ``graceful_shutdown_timeout_s`` (20),
+        ``graceful_shutdown_wait_loop_s`` (2), ``health_check_period_s`` (10),
+        ``health_check_timeout_s`` (30): see the notes. Times are seconds or
+        strings such as ``"500ms"``.
 
     Raises
     ------
@@ -406,12 +408,20 @@ def deployment(
 
     Notes
     -----
+    Async methods run on the event loop of their replica, sync ones on its threads: one
+    call after the other by default, or as many at once as ``threads`` says, which is
+    for code that waits (for files, a database), and must then be thread-safe. A class
+    whose methods are all sync is also made there, and with one thread everything of it
+    runs on the same: the constructor, ``reconfigure()``, ``check_health()``, methods,
+    generators and ``__del__``. A class with an async method, or with an app
+    (`ingress`), is made on the event loop; FastAPI's sync endpoints have its threads.
+
     The health of a replica is checked in each period, on the event loop that runs its
     async code. It is replaced
 
     - when the class has a method ``check_health()``, sync or async, and that raises
       three times in a row (or returns False), or takes longer than the timeout. A sync
-      one runs on a thread of its own, beside requests;
+      one is made while a thread of sync code is idle;
     - when the loop does not answer within the timeout, for a blocking call in async
       code. A sync method that takes long is no fault: the replica is busy;
     - when its whole worker says nothing for period and timeout together.

@@ -201,6 +201,7 @@ class LocalApp:
                     max_websockets=options.max_websockets,
                     health_check_period_s=options.health_check_period_s,
                     health_check_timeout_s=options.health_check_timeout_s,
+                    threads=options.threads,
                 )
                 runner = Runner(
                     spec, report, self.session, self.session.settings.window_bytes

@@ -280,10 +280,15 @@ def test_other_rhythm_is_told(rig: Rig) -> None:
 class Watched(Replica):
     """A replica, and what is reported of it."""
 
-    def __init__(self, target: Any, period_s: float, timeout_s: float) -> None:
+    def __init__(
+        self, target: Any, period_s: float, timeout_s: float, **options: Any
+    ) -> None:
         self.messages: list[dict[str, Any]] = []
         super().__init__(
-            target, health_check_period_s=period_s, health_check_timeout_s=timeout_s
+            target,
+            health_check_period_s=period_s,
+            health_check_timeout_s=timeout_s,
+            **options,
         )
 
     def troubles(self) -> list[tuple[bool, str]]:
@@ -299,14 +304,19 @@ class Watched(Replica):
 
 Watch = Callable[..., Watched]
 
+#: Events that code of replicas waits for, which cannot travel in it.
+GATES: dict[str, threading.Event] = {}
+
 
 @pytest.fixture
 def watch() -> Iterator[Watch]:
     """Give a function that starts a replica and its checks."""
     ends: list[Callable[[], object]] = []
 
-    def watch(target: Any, period_s: float = 0.1, timeout_s: float = 0.3) -> Watched:
-        replica = Watched(target, period_s, timeout_s)
+    def watch(
+        target: Any, period_s: float = 0.1, timeout_s: float = 0.3, **options: Any
+    ) -> Watched:
+        replica = Watched(target, period_s, timeout_s, **options)
         thread = LoopThread("daskserve-test-health")
         thread.start()
         monitor = HealthMonitor({1: replica.runner}, replica.messages.append)
@@ -379,7 +389,7 @@ def test_library_call_that_blocks_is_named_with_its_caller(watch: Watch) -> None
 
 
 def test_busy_replica_is_well(watch: Watch) -> None:
-    """Its sync thread is taken for longer than a check may last."""
+    """Its sync thread is taken for longer than a check may last: none is made."""
 
     class Busy:
         def __init__(self) -> None:
@@ -390,12 +400,66 @@ def test_busy_replica_is_well(watch: Watch) -> None:
             time.sleep(0.8)
             return self.checks - before
 
+        def count(self) -> int:
+            return self.checks
+
         def check_health(self) -> None:
             self.checks += 1
 
     replica = watch(Busy)
-    assert replica.result(replica.call()) > 3
+    assert replica.result(replica.call()) == 0
+    checks = replica.result(replica.call("count"))
+    poll(lambda: replica.result(replica.call("count")) > checks)
     assert replica.troubles() == []
+
+
+def test_check_while_one_of_two_threads_is_busy(watch: Watch) -> None:
+    go = threading.Event()
+    GATES["go"] = go
+
+    class Busy:
+        def __init__(self) -> None:
+            self.checks = 0
+
+        def hold(self) -> None:
+            GATES["go"].wait(10)
+
+        def count(self) -> int:
+            return self.checks
+
+        def check_health(self) -> None:
+            self.checks += 1
+
+    replica = watch(Busy, threads=2)
+    held = replica.call("hold")
+    checks = replica.result(replica.call("count"))
+    poll(lambda: replica.result(replica.call("count")) > checks + 1)
+    go.set()
+    assert replica.result(held) is None
+    assert replica.troubles() == []
+
+
+def test_check_that_was_passed_over_is_not_a_good_one(watch: Watch) -> None:
+    """What failed twice before and after a long call has not failed once only."""
+
+    class Ill:
+        asked = 0
+
+        def __call__(self) -> None:
+            time.sleep(0.5)
+
+        def check_health(self) -> None:
+            self.asked += 1
+            if self.asked > 1:
+                raise LookupError("no database")
+
+    replica = watch(Ill, period_s=0.2)
+    poll(lambda: [t for _, t in replica.troubles() if "1 of 3" in t])
+    replica.result(replica.call())
+    assert "3 of 3 times" in replica.text()
+    troubles = [m["troubles"] for m in replica.messages]
+    first = next(n for n, found in enumerate(troubles) if found)
+    assert [] not in troubles[first:]
 
 
 @pytest.mark.parametrize("kind", ["async", "false"])

@@ -21,6 +21,7 @@ from daskserve.controller.journal import (
     encode,
 )
 from daskserve.controller.keeper import StateKeeper
+from daskserve.controller.records import Spec
 from daskserve.controller.state_file import open_state_file
 from tests.test_state import Rig, started
 
@@ -64,6 +65,23 @@ def test_it_comes_back() -> None:
     assert later is not None
     assert later.deployments[0].versions[0].at == rig.now + 60
     assert decode(encode(None, 0), 0) is None
+
+
+def test_it_was_written_when_there_were_fewer_options(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig()
+    rig.healthy()
+    there = journal(rig)
+    plain = Spec.to_message
+
+    def before(spec: Spec) -> dict[str, Any]:
+        message = plain(spec)
+        del message["threads"]
+        return message
+
+    monkeypatch.setattr(Spec, "to_message", before)
+    assert decode(encode(there, 0), 0) == there
 
 
 def test_equal_bytes_are_written_once() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import decimal
 import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -28,6 +31,7 @@ from daskserve.transport.messages import (
     CHUNK,
     CREDIT,
     CUT,
+    END,
     ERROR,
     GRANT,
     NOT_ENCODABLE,
@@ -86,7 +90,9 @@ class Caller:
 class Replica:
     """A runner, what it reported, and a caller."""
 
-    def __init__(self, target: Any, *args: Any, **options: Any) -> None:
+    def __init__(
+        self, target: Any, *args: Any, wait: bool = True, **options: Any
+    ) -> None:
         spec = {
             "replica_id": 1,
             "tag": "D#1",
@@ -109,7 +115,8 @@ class Replica:
         )
         self._last_id = 0
         self.runner.start()
-        self.wait_for("started", "failed")
+        if wait:
+            self.wait_for("started", "failed")
 
     def wait_for(self, *events: str) -> dict[str, Any]:
         return poll(lambda: [r for r in list(self.reports) if r["event"] in events])[-1]
@@ -231,15 +238,243 @@ def test_a_constructor_finds_a_running_loop(replica: Make) -> None:
     assert made.result(made.call("get")) == "done"
 
 
-@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
-def test_a_constructor_that_raises(replica: Make, error: type[BaseException]) -> None:
-    class Bad:
+ERRORS = [ValueError, SystemExit, KeyboardInterrupt, StopIteration, GeneratorExit]
+
+
+@pytest.mark.parametrize("on_loop", [True, False])
+@pytest.mark.parametrize("error", [*ERRORS, asyncio.CancelledError])
+def test_a_constructor_that_raises(
+    replica: Make, error: type[BaseException], on_loop: bool
+) -> None:
+    class Sync:
         def __init__(self) -> None:
             raise error("no good")
 
-    report = replica(Bad).reports[-1]
+    class Mixed(Sync):
+        async def __call__(self) -> None: ...
+
+    report = replica(Mixed if on_loop else Sync).reports[-1]
     assert report["event"] == "failed"
     assert "no good" in report["text"] and "in __init__" in report["text"]
+
+
+class OneThread:
+    """Notes in which threads it runs."""
+
+    def __init__(self) -> None:
+        self.tag = serve.get_replica_context().replica_tag
+        self.threads = {"constructor": threading.get_ident()}
+
+    def note(self, what: str) -> None:
+        self.threads[what] = threading.get_ident()
+
+    def reconfigure(self, config: Any) -> None:
+        self.note("reconfigure")
+
+    def check_health(self) -> None:
+        self.note("check_health")
+
+    def __call__(self) -> dict[str, int]:
+        self.note("method")
+        return self.threads
+
+    def items(self) -> Iterator[int]:
+        try:
+            self.note("generator")
+            yield len(self.threads)
+        finally:
+            self.note("generator's end")
+
+    def get_tag(self) -> str:
+        return self.tag
+
+    def __del__(self) -> None:
+        self.note("__del__")
+        SEEN.append(self.threads)
+
+
+#: What objects say when they end.
+SEEN: list[Any] = []
+VARIABLE: ContextVar[str] = ContextVar("variable", default="none")
+
+
+def test_everything_of_a_sync_class_runs_on_one_thread(replica: Make) -> None:
+    SEEN.clear()
+    config = pickling.dumps(1, what="the test's config")
+    made = replica(OneThread, user_config=config)
+    made.result(made.call())
+    data, _ = values.pack_arguments((), {}, what="arguments")
+    asked = made.send(CALL, "items", data, (), "id2", "", 1000)
+    made.caller.wait(asked, END)
+    assert made.result(made.call("get_tag")) == "D#1"
+    made.runner.stop(5, 0.1)
+    made.wait_for("stopped")
+    (threads,) = SEEN
+    assert {*threads} == {
+        *("constructor", "reconfigure", "check_health", "method"),
+        *("generator", "generator's end", "__del__"),
+    }
+    assert len({*threads.values()}) == 1
+
+
+class Exact:
+    """Sets context variables; the settings of decimal and numpy are such."""
+
+    def __init__(self) -> None:
+        decimal.getcontext().prec = 5
+        np.seterr(divide="raise")
+        VARIABLE.set("constructor")
+        self.seen = [VARIABLE.get()]
+
+    def reconfigure(self, prec: int) -> None:
+        self.seen.append(VARIABLE.get())
+        VARIABLE.set("reconfigure")
+        decimal.getcontext().prec = prec
+
+    def check_health(self) -> None:
+        self.seen.append(VARIABLE.get())
+
+    def divide(self) -> tuple[str, list[str]]:
+        with pytest.raises(FloatingPointError):
+            np.array(1.0) / 0
+        seen = [*self.seen, VARIABLE.get()]
+        VARIABLE.set("a call")  # for itself only
+        return str(1 / decimal.Decimal(3)), seen
+
+    def __del__(self) -> None:
+        SEEN.append(VARIABLE.get())
+
+
+def test_variables_of_the_constructor_and_of_reconfigure_last(replica: Make) -> None:
+    SEEN.clear()
+    config = pickling.dumps(3, what="the test's config")
+    decimal.getcontext().prec = 28  # this thread's is not the replica's
+    made = replica(Exact, user_config=config)
+    lines = ["constructor", "constructor", "reconfigure", "reconfigure"]
+    assert made.result(made.call("divide")) == ("0.333", lines)
+    assert made.result(made.call("divide")) == ("0.333", lines)
+    made.runner.reconfigure(pickling.dumps(4, what="the test's config"), 2)
+    made.wait_for("reconfigured")
+    assert made.result(made.call("divide"))[0] == "0.3333"
+    made.runner.stop(5, 0.1)
+    made.wait_for("stopped")
+    assert SEEN == ["reconfigure"]
+    assert decimal.getcontext().prec == 28
+
+
+def test_a_generator_over_http_runs_on_the_thread_too(replica: Make) -> None:
+    class Stream:
+        def __init__(self) -> None:
+            self.threads = [threading.get_ident()]
+
+        def __call__(self) -> Iterator[str]:
+            try:
+                for _ in range(3):
+                    self.threads.append(threading.get_ident())
+                    yield "item"
+            finally:
+                self.threads.append(threading.get_ident())
+
+        def seen(self) -> list[int]:
+            return self.threads
+
+    made = replica(Stream)
+    asked = made.request()
+    assert made.caller.wait(asked, CHUNK)
+    poll(lambda: made.runner.ongoing == 0)
+    threads = made.result(made.call("seen"))
+    assert len(threads) == 5
+    assert len({*threads}) == 1
+
+
+def test_generators_end_after_their_last_step(replica: Make) -> None:
+    """With several threads another one has to wait for it."""
+    _events["started"], _events["go"] = threading.Event(), threading.Event()
+
+    class Stream:
+        def __init__(self) -> None:
+            self.lines: list[str] = []
+
+        def __call__(self) -> Iterator[str]:
+            try:
+                _wait()
+                self.lines.append("step")
+                yield "item"
+            finally:
+                self.lines.append("end")
+
+        def seen(self) -> list[str]:
+            return self.lines
+
+    made = replica(Stream, threads=4)
+    asked = made.request()
+    assert _events["started"].wait(5)
+    made.runner.put(made.caller, [(CANCEL, asked, 1)])
+    poll(lambda: made.runner._servable.deserted == 1)
+    assert made.result(made.call("seen")) == []
+    _events["go"].set()
+    assert poll(lambda: len(s := made.result(made.call("seen"))) == 2 and s)
+    assert made.result(made.call("seen")) == ["step", "end"]
+    poll(lambda: made.runner.ongoing == 0)
+    assert made.runner._servable.thread_jobs == 0
+
+
+def test_sync_methods_run_on_several_threads(replica: Make) -> None:
+    class Meeting:
+        def __init__(self) -> None:
+            self.barrier = threading.Barrier(3)
+
+        def meet(self) -> str:
+            self.barrier.wait(10)
+            return "met"
+
+    made = replica(Meeting, threads=3)
+    for _ in range(3):
+        ids = [made.call("meet") for _ in range(3)]
+        assert [made.result(each) for each in ids] == ["met"] * 3
+
+
+def test_stopped_while_the_constructor_runs(replica: Make) -> None:
+    """It is waited for, and what it made ends as ever; there was no startup."""
+    _events["started"], _events["go"] = threading.Event(), threading.Event()
+    ENDED.clear()
+
+    class Slow:
+        def __init__(self) -> None:
+            _wait()
+            note("made")
+
+        def reconfigure(self, config: Any) -> None:
+            note("reconfigured")
+
+        def __del__(self) -> None:
+            note("ended")
+
+    config = pickling.dumps(1, what="the test's config")
+    made = replica(Slow, user_config=config, wait=False)
+    assert _events["started"].wait(5)
+    made.runner.stop(5, 0.1)
+    _events["go"].set()
+    made.wait_for("stopped")
+    assert ENDED == ["made", "ended"]
+    assert [report["event"] for report in made.reports] == ["initializing", "stopped"]
+
+
+def test_stopped_while_the_constructor_hangs(
+    replica: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    _events["started"], _events["go"] = threading.Event(), threading.Event()
+
+    class Hangs:
+        def __init__(self) -> None:
+            _wait()
+
+    made = replica(Hangs, wait=False)
+    assert _events["started"].wait(5)
+    made.runner.stop(0.1, 0.1)
+    made.wait_for("stopped")
+    assert "constructor of replica D#1 does not end" in caplog.text
+    _events["go"].set()
 
 
 def test_sync_methods_run_one_at_a_time_on_their_thread(replica: Make) -> None:
@@ -316,9 +551,14 @@ def test_a_deserted_sync_call_still_counts(replica: Make) -> None:
     made.runner.put(made.caller, [(CANCEL, held, 1)])
     poll(lambda: not made.runner._calls)
     assert made.runner.ongoing == 1
+    servable = made.runner._servable
+    assert (servable.deserted, servable.thread_jobs) == (1, 1)
+    since = servable.deserted_since
+    assert since is not None and since <= made.runner.loop.time()
     assert made.caller.wait(made.call("hold"))[0] == REFUSED
     go.set()
     poll(lambda: made.runner.ongoing == 0)
+    assert (servable.thread_jobs, servable.deserted_since) == (0, None)
 
 
 _events: dict[str, threading.Event] = {}

@@ -218,6 +218,7 @@ def test_same_code() -> None:
         {"init": b"other"},
         {"resources": {"GPU": 1}},
         {"workers": ("w1",)},
+        {"threads": 2},
     ):
         assert not SPEC.same_code(replace(SPEC, **changes))
     assert not replace(SPEC, version=None).same_code(replace(SPEC, version=None))

@@ -117,6 +117,7 @@ class Launcher:
             max_websockets=action.spec.max_websockets,
             health_check_period_s=action.spec.health_check_period_s,
             health_check_timeout_s=action.spec.health_check_timeout_s,
+            threads=action.spec.threads,
         )
         future: Future[Any] | None = None
         # Until it has heard of a restart, the client would give up what it submits,

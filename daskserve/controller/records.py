@@ -60,6 +60,8 @@ class Spec:
         is how many are wanted now.
     max_websockets
         WebSockets that one replica has open at a time.
+    threads
+        Sync calls that run at once in a replica.
     """
 
     name: str
@@ -83,6 +85,8 @@ class Spec:
     app: str | None = None
     app_place: int = 0
     autoscaling: Mapping[str, Any] | None = None
+    # What is new has a default: it is not in the state files that there are.
+    threads: int = 1
     max_websockets: int = 1000
 
     @classmethod
@@ -145,6 +149,7 @@ class Spec:
             self.version is not None
             and self.version == other.version
             and self.init == other.init
+            and self.threads == other.threads
             and dict(self.resources) == dict(other.resources)
             and self.workers == other.workers
             and (other.user_config is not None or self.user_config is None)

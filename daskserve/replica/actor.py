@@ -34,6 +34,7 @@ class ReplicaSpec:
     health_check_period_s: float
     health_check_timeout_s: float
     max_websockets: int = 1000
+    #: How many sync calls run at once.
     threads: int = 1
 
 

@@ -3,8 +3,9 @@
 Runs on the worker's transport thread, which no user code runs on but what calls itself
 middleware. A check goes to the replica's own loop, as requests do, so a loop that user
 code blocks does not answer; a sync method that takes long blocks no loop, and its
-replica is busy and not ill. What is found goes to the controller in one message for
-all replicas, and comes as often as the most frequent of their checks.
+replica is busy and not ill: a sync ``check_health`` is made while a thread is idle.
+What is found goes to the controller in one message for all replicas, and comes as often
+as the most frequent of their checks.
 """
 
 from __future__ import annotations
@@ -60,8 +61,11 @@ class Checkable(Protocol):
     def checkable(self) -> bool:
         """Whether it takes requests, and so should answer."""
 
-    def check_health(self, began: Callable[[], None]) -> Future[None]:
-        """Call `began` and the user's ``check_health`` on the replica's loop."""
+    def check_health(self, began: Callable[[], None]) -> Future[bool]:
+        """Call `began` and the user's ``check_health`` on the replica's loop.
+
+        False comes back if that was passed over, for all threads of sync code are busy.
+        """
 
     def thread_ids(self) -> list[int | None]:
         """Return its loop's thread, and that of a sync check if one runs."""
@@ -182,6 +186,8 @@ class HealthMonitor:
             return True, f"its event loop did not answer for {timeout_s:g} s{at}"
         error = _error_of(check)
         if error is None:
+            if not check.result():
+                return patient.trouble  # nothing is known beyond what was
             patient.failures = 0
             return None
         patient.failures += 1
@@ -191,7 +197,7 @@ class HealthMonitor:
         return fatal, f"check_health() failed {times} in a row, with {text}"
 
 
-async def _done_within(job: Future[None], timeout_s: float) -> bool:
+async def _done_within(job: Future[bool], timeout_s: float) -> bool:
     """Wait for a check; time in which the whole process stood still hardly counts."""
     waiting = asyncio.wrap_future(job)
     waiting.add_done_callback(_look_at)
@@ -202,13 +208,13 @@ async def _done_within(job: Future[None], timeout_s: float) -> bool:
     return job.done()
 
 
-def _look_at(future: asyncio.Future[None]) -> None:
+def _look_at(future: asyncio.Future[bool]) -> None:
     """Keep asyncio from saying that nobody has looked at an exception."""
     if not future.cancelled():
         future.exception()
 
 
-def _error_of(job: Future[None]) -> BaseException | None:
+def _error_of(job: Future[bool]) -> BaseException | None:
     if job.cancelled():
         return asyncio.CancelledError()
     return job.exception()

@@ -15,10 +15,10 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from contextvars import Context
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from distributed.worker import _worker_cvar
 from starlette.exceptions import HTTPException
@@ -69,6 +69,7 @@ from daskserve.transport.messages import (
 )
 from daskserve.transport.silence import SilenceWatch
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 #: An exchange: who began it, and its number there.
@@ -117,6 +118,8 @@ class Runner:
         futures among the arguments of calls.
     window_bytes
         How much of one body may be on its way.
+    busy_changed
+        Called on the replica's loop when `busy` is to be looked at.
     """
 
     def __init__(
@@ -125,6 +128,7 @@ class Runner:
         report: Callable[[dict[str, Any]], None],
         session: Any,
         window_bytes: int,
+        busy_changed: Callable[[], None] = lambda: None,
     ) -> None:
         self.spec = spec
         #: Seconds between two health checks, and seconds that one may take.
@@ -164,7 +168,10 @@ class Runner:
         self._stopping = False
         self._idle = asyncio.Event()
         self._reconfiguring = asyncio.Lock()
-        self._servable = Servable(spec, self._finished)
+        self._busy_changed = busy_changed
+        self._servable = Servable(
+            spec, self.loop, self._context, busy_changed, self._deserted_ended
+        )
         #: For `get_client` in user code.
         self.clients = ReplicaClients(session.worker, self._thread.loop)
 
@@ -192,7 +199,7 @@ class Runner:
     def start(self) -> None:
         """Start the threads and, on them, the constructor; returns at once."""
         self._thread.start()
-        self._thread.submit(self._initialize())
+        self._submit(self._initialize())
 
     def put(self, reply_to: ReplyTo, batch: list[Message]) -> None:
         """Take messages from a channel; any thread."""
@@ -204,21 +211,22 @@ class Runner:
 
     def reconfigure(self, user_config: bytes | None, config_generation: int) -> None:
         """Give the user's object another config, and report how that went."""
-        self._thread.submit(
-            self._reconfigure_and_report(user_config, config_generation)
-        )
+        self._submit(self._reconfigure_and_report(user_config, config_generation))
 
-    def check_health(self, began: Callable[[], None]) -> Future[None]:
-        """Call `began`, and the user's ``check_health()``, on the loop; any thread."""
-        return self._thread.submit(self._check_health(began))
+    def check_health(self, began: Callable[[], None]) -> Future[bool]:
+        """Call `began`, and the user's ``check_health()``, on the loop; any thread.
+
+        False comes back if that was passed over, for no thread is idle.
+        """
+        return self._submit(self._check_health(began))
 
     def thread_ids(self) -> list[int | None]:
-        """Return the threads where a check may be kept: the loop's, the check's own."""
+        """Return the threads where a check may be kept: the loop's, and its own."""
         return [self._thread.ident, self._servable.checking]
 
     def stop(self, grace_s: float, poll_s: float) -> None:
         """Take no more, let what runs finish, run the shutdown hooks, report."""
-        self._thread.submit(self._stop(grace_s, poll_s))
+        self._submit(self._stop(grace_s, poll_s))
 
     def abandon(self) -> None:
         """Answer for a replica whose user code does not let go; any thread."""
@@ -238,6 +246,10 @@ class Runner:
         self._thread.stop(timeout_s)
         self._servable.close()
 
+    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        # The context of whoever asks is none of user code's business.
+        return self._context.copy().run(self._thread.submit, coroutine)
+
     # Life: constructor, reconfigure, stop.
 
     async def _initialize(self) -> None:
@@ -245,6 +257,8 @@ class Runner:
         self._enter_outside()
         try:
             await self._servable.construct()
+            if self._stopping:
+                return  # `_stop` has waited for what it ends
             self._enter_outside()
             await self._servable.startup()
             await self._first_check()
@@ -275,10 +289,10 @@ class Runner:
             text = f"check_health() did not end within {timeout_s:g} s"
             raise TimeoutError(text) from None
 
-    async def _check_health(self, began: Callable[[], None]) -> None:
+    async def _check_health(self, began: Callable[[], None]) -> bool:
         began()
         self._enter_outside()
-        await self._servable.check_health()
+        return await self._servable.check_health()
 
     async def _listen(self) -> list[Any] | None:
         """Open the replica's own port; None if there is to be none."""
@@ -296,10 +310,10 @@ class Runner:
     async def _reconfigure_and_report(
         self, user_config: bytes | None, generation: int
     ) -> None:
-        self._enter_outside()
         error = None
         try:
             async with self._reconfiguring:  # in order: the last one asked for wins
+                self._enter_outside()
                 await self._servable.reconfigure(user_config)
         except BaseException as err:
             error = "".join(traceback.format_exception(err))
@@ -311,11 +325,13 @@ class Runner:
         if self._stopping:
             return
         self._stopping, self._accepting = True, False
+        self._enter_outside()
         self._wake_if_idle()
         for websocket in list(self._websockets.values()):
             websocket.go_away()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
+                await self._servable.constructed.wait()
                 await self._idle.wait()
         left: dict[Key, Running] = {**self._http, **self._websockets, **self._calls}
         for key, exchange in left.items():
@@ -326,6 +342,12 @@ class Runner:
                 self._cancel_call(exchange, key)
             elif exchange.task is not None:
                 exchange.task.cancel()
+        if not self._servable.constructed.is_set():
+            logger.warning(
+                "The constructor of replica %s does not end. Its thread is left to "
+                "itself.",
+                self.spec.tag,
+            )
         tasks = [e.task for e in left.values() if e.task is not None]
         if tasks:  # their cleanup still needs the user's object
             await asyncio.wait(tasks, timeout=CANCEL_TIMEOUT_S)
@@ -512,6 +534,10 @@ class Runner:
         elif self._admission.wanted:
             self._offer_slots()
 
+    def _deserted_ended(self) -> None:
+        self._finished()
+        self._busy_changed()
+
     def _note_time(self, seconds: float) -> None:
         if self._servable.threaded:
             self._admission.limit = slots_of_threads(
@@ -597,6 +623,8 @@ class Runner:
 
         def finish(returned: Any) -> tuple[bytes, bytes] | Response:
             nonlocal result
+            if isinstance(returned, Iterator):  # for the threads of sync code
+                returned = self._servable.iterate(returned)
             result = returned
             return encode(returned)
 
@@ -725,9 +753,9 @@ class Runner:
 
     def _enter_outside(self) -> None:
         """Likewise, for code that runs for no request, in whatever context."""
+        for variable, value in self._context.items():
+            variable.set(value)
         self._enter(None)
-        if self.session.worker is not None:
-            _worker_cvar.set(self.session.worker)
 
 
 def _rounded_us(seconds: float) -> int:
@@ -756,8 +784,6 @@ async def _close_generator(result: Any) -> None:
     """Run a generator's cleanup now, rather than when it is collected."""
     if inspect.isasyncgen(result):
         await result.aclose()
-    elif inspect.isgenerator(result):
-        result.close()
 
 
 def _cancel_children() -> None:

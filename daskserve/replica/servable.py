@@ -1,7 +1,9 @@
 """The user's object in a replica: made, called, reconfigured and ended.
 
-Runs on the replica's loop. Sync callables run on one more thread, and so one at a time,
-as an actor's methods do; constructors run on the loop, where they find it running.
+Runs on the replica's loop. Sync callables run on the threads of sync code, one unless
+the deployment says otherwise, and so one at a time, as an actor's methods do. A class
+without any async method is also made there: what belongs to a thread, such as a sqlite3
+connection, works in its methods. Others are made on the loop and find it running.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import functools
 import inspect
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextvars import Context
 from typing import Any
 
 from starlette.requests import Request
@@ -21,7 +24,15 @@ from daskserve import pickling
 from daskserve.ingress import find_ingress
 from daskserve.replica.actor import ReplicaSpec
 from daskserve.replica.asgi import Lifespan
-from daskserve.replica.sync_thread import SyncThread
+from daskserve.replica.context import current_replica
+from daskserve.replica.methods import (
+    bare,
+    is_threaded,
+    needs_loop,
+    public_methods,
+    takes_arguments,
+)
+from daskserve.replica.sync_thread import SyncThreads
 
 #: Where an object keeps what ``@serve.multiplexed`` has loaded, each with ``clear()``.
 MODELS = "_daskserve_models"
@@ -42,24 +53,45 @@ class Servable:
     ----------
     spec
         What to make it of.
+    loop
+        The replica's loop.
+    context
+        The variables that code for callers sees. Those that the sync constructor and
+        ``reconfigure`` set go there, as they would last on any thread: the settings of
+        decimal and numpy are such.
+    deserted
+        Called on the loop when nobody waits any more for a sync call that runs on.
     deserted_ended
-        Called on the loop when a sync call ends that nobody waited for any more.
+        Called on the loop when such a call ends.
     """
 
-    def __init__(self, spec: ReplicaSpec, deserted_ended: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        spec: ReplicaSpec,
+        loop: asyncio.AbstractEventLoop,
+        context: Context,
+        deserted: Callable[[], None],
+        deserted_ended: Callable[[], None],
+    ) -> None:
         self.object: Any = None
         #: The ASGI app, if the class has an ingress.
         self.app: ASGIApp | None = None
-        #: Sync calls whose callers have gone; their thread cannot be stopped.
-        self.deserted = 0
+        #: Whether every call of it runs on the threads of sync code.
         self.threaded = False
-        self.call_s = 0.0
         self._spec = spec
-        self._deserted_ended = deserted_ended
+        self._context = context
         self._lifespan: Lifespan | None = None
         self._takes_arguments: dict[str, bool] = {}
-        self._thread: SyncThread | None = None
-        self._check_thread: SyncThread | None = None
+        self._threads = SyncThreads(
+            loop,
+            f"daskserve-sync-{spec.tag}",
+            spec.threads,
+            deserted,
+            deserted_ended,
+        )
+        #: Set, but for while the constructor runs on a thread.
+        self.constructed = asyncio.Event()
+        self.constructed.set()
         #: The thread of the sync ``check_health`` that runs.
         self.checking: int | None = None
 
@@ -68,21 +100,58 @@ class Servable:
         """What the app's lifespan left for its requests."""
         return None if self._lifespan is None else self._lifespan.state
 
+    # What its threads do.
+
+    @property
+    def thread_jobs(self) -> int:
+        """Sync calls that wait for a thread or run, deserted ones included."""
+        return self._threads.jobs
+
+    @property
+    def call_s(self) -> float:
+        """About how many seconds a sync call takes on its thread; 0.0 at first."""
+        return self._threads.call_s
+
+    @property
+    def deserted(self) -> int:
+        """Sync calls whose callers have gone; their threads cannot be stopped."""
+        return self._threads.deserted
+
+    @property
+    def deserted_since(self) -> float | None:
+        """Since when there has been one of these, on the loop's clock; any thread."""
+        job = self._threads.oldest_deserted
+        return None if job is None else job.deserted_at
+
     # Life.
 
     async def construct(self) -> None:
         """Unpickle the class and make its instance, or unpickle the function."""
         target: Any = pickling.loads(self._spec.code)
-        if not isinstance(target, type):
-            self.object = target
-            return
-        args, kwargs = pickling.loads(self._spec.init)
-        constructor: Any = inspect.getattr_static(target, "__init__")
-        if inspect.iscoroutinefunction(constructor):
-            self.object = object.__new__(target)
-            await constructor(self.object, *args, **kwargs)
+        if isinstance(target, type):
+            await self._make(target)
         else:
-            self.object = target(*args, **kwargs)
+            self.object = target
+        self.threaded = is_threaded(self.object)
+
+    async def _make(self, cls: type) -> None:
+        def make() -> Any:
+            args, kwargs = pickling.loads(self._spec.init)
+            return cls(*args, **kwargs)
+
+        constructor: Any = inspect.getattr_static(cls, "__init__")
+        if inspect.iscoroutinefunction(constructor):
+            args, kwargs = pickling.loads(self._spec.init)
+            self.object = object.__new__(cls)
+            await constructor(self.object, *args, **kwargs)
+        elif needs_loop(cls):
+            self.object = make()
+        else:
+            self.constructed.clear()
+            try:
+                self.object = await self._run_lasting(make)
+            finally:
+                self.constructed.set()
 
     async def startup(self) -> None:
         """Apply the first ``user_config``; build the app and run its startup hooks."""
@@ -104,7 +173,13 @@ class Servable:
                 f"user_config was given, but deployment {self._spec.deployment!r} has "
                 f"no method reconfigure(self, user_config) to take it."
             )
-        await self._invoke(method, (pickling.loads(user_config),), {})
+        config = pickling.loads(user_config)
+        if inspect.iscoroutinefunction(bare(method)):
+            await method(config)
+            return
+        result = await self._run_lasting(functools.partial(method, config))
+        if inspect.isawaitable(result):
+            await result
 
     async def shutdown(self) -> None:
         """Run the app's shutdown hooks, then ``__del__``, sync or async, once."""
@@ -117,14 +192,17 @@ class Servable:
                 await models.clear()
             finalizer = getattr(type(servable), "__del__", None)
             if finalizer is not None:
-                await self._invoke(finalizer, (servable,), {})
+                await self._invoke(finalizer, (servable,), {}, by_caller=False)
                 _disarm(servable)
 
-    async def check_health(self) -> None:
+    async def check_health(self) -> bool:
         """Call the user's ``check_health()``, if there is one.
 
-        A sync one has a thread of its own: behind a request that takes long it would
-        wait for the only other one, and a replica that is busy is not ill.
+        Returns
+        -------
+        bool
+            False if it is sync and was passed over, for no thread is idle: a replica
+            that is busy is not ill, however long it is.
 
         Raises
         ------
@@ -135,25 +213,21 @@ class Servable:
         """
         # The class's: one may have `__getattr__`, and thus anything.
         if not callable(getattr(type(self.object), "check_health", None)):
-            return
+            return True
         method = self.object.check_health
-        if inspect.iscoroutinefunction(_bare(method)):
+        if inspect.iscoroutinefunction(bare(method)):
             healthy = await method()
+        elif not self._threads.idle:
+            return False
         else:
-            healthy = await self._check_sync(method)
+            healthy = await self._check_on_thread(method)
             if inspect.isawaitable(healthy):
                 healthy = await healthy
         if healthy is False:
             raise RuntimeError("check_health() returned False")
+        return True
 
-    async def _check_sync(self, method: Callable[[], Any]) -> Any:
-        if self._check_thread is None:
-            self._check_thread = SyncThread(
-                asyncio.get_running_loop(),
-                f"daskserve-check-{self._spec.tag}",
-                lambda: None,
-            )
-
+    async def _check_on_thread(self, method: Callable[[], Any]) -> Any:
         def check() -> Any:
             self.checking = threading.get_ident()
             try:
@@ -161,13 +235,11 @@ class Servable:
             finally:
                 self.checking = None
 
-        return await self._check_thread.submit(check).future
+        return await self._run_sync(check, by_caller=False)
 
     def close(self) -> None:
-        """End the threads of sync calls, once they are free."""
-        for thread in (self._thread, self._check_thread):
-            if thread is not None:
-                thread.close()
+        """End the threads of sync calls, once they are free; any thread."""
+        self._threads.close()
 
     # Calls.
 
@@ -208,7 +280,7 @@ class Servable:
         method = self._method(method_name)
         takes = self._takes_arguments.get(method_name)
         if takes is None:
-            takes = self._takes_arguments[method_name] = _takes_arguments(method)
+            takes = self._takes_arguments[method_name] = takes_arguments(method)
         if not takes:
             args, kwargs = (), {}
         return await self._invoke(method, args, kwargs, finish)
@@ -225,13 +297,13 @@ class Servable:
                 if inspect.isasyncgen(result):
                     await result.aclose()
             return
-        step = functools.partial(next, result, _END)
+        steps = _Steps(result)
         try:
-            while (item := await self._run_sync(step)) is not _END:
+            while (item := await self._run_sync(steps.next)) is not _END:
                 yield item
         finally:
-            if inspect.isgenerator(result):
-                await self._run_sync(result.close)
+            # Not deserted when this is cancelled: it is to run, after the last step.
+            await self._threads.submit(steps.close, by_caller=False).future
 
     def _method(self, name: str) -> Callable[..., Any]:
         if name == "__call__" and callable(self.object):
@@ -242,7 +314,7 @@ class Servable:
         if callable(method):
             found: Callable[..., Any] = method
             return found
-        there_are = [] if is_function else _public_methods(self.object)
+        there_are = [] if is_function else public_methods(self.object)
         if callable(self.object):
             there_are.insert(0, "__call__")
         raise UnknownMethodError(
@@ -256,42 +328,60 @@ class Servable:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         finish: Callable[[Any], Any] | None = None,
+        *,
+        by_caller: bool = True,
     ) -> Any:
-        """Call user code, sync code on its thread, and await what it returns."""
-        bare = _bare(function)
-        if inspect.iscoroutinefunction(bare):
+        """Call user code, sync code on a thread of it, and await what it returns."""
+        plain = bare(function)
+        if inspect.iscoroutinefunction(plain):
             result = await function(*args, **kwargs)
-        elif inspect.isgeneratorfunction(inspect.unwrap(bare)):
+        elif inspect.isgeneratorfunction(inspect.unwrap(plain)):
             result = function(*args, **kwargs)  # its body runs when it is iterated
         else:
             call = functools.partial(function, *args, **kwargs)
             if finish is not None:
                 call = functools.partial(_finished, call, finish)
-            result = await self._run_sync(call)
+            result = await self._run_sync(call, by_caller)
             if type(result) is _Finished:
                 return result.value
             if type(result) not in _LASTING and inspect.isawaitable(result):
                 result = await result
         return result if finish is None else finish(result)
 
-    async def _run_sync(self, call: Callable[[], Any]) -> Any:
-        if self._thread is None:
-            self._thread = SyncThread(
-                asyncio.get_running_loop(),
-                f"daskserve-sync-{self._spec.tag}",
-                self._forget_deserted,
-            )
-        job = self._thread.submit(call)
+    async def _run_lasting(self, function: Callable[[], Any]) -> Any:
+        """Run what is no caller's; the variables that it sets are seen by all calls."""
+        job = self._threads.submit(function, by_caller=False)
+        result = await job.future
+        for variable, value in job.context.items():
+            if variable is not current_replica:  # which is each call's own
+                self._context.run(variable.set, value)
+                variable.set(value)
+        return result
+
+    async def _run_sync(self, call: Callable[[], Any], by_caller: bool = True) -> Any:
+        job = self._threads.submit(call, by_caller=by_caller)
         try:
             return await job.future
         except asyncio.CancelledError:
-            # If it runs on, count it, so that max_ongoing_requests stays true.
-            self.deserted += self._thread.desert(job)
+            self._threads.desert(job)
             raise
 
-    def _forget_deserted(self) -> None:
-        self.deserted -= 1
-        self._deserted_ended()
+
+class _Steps:
+    """A sync iterator, whose steps may be on several threads but not side by side."""
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        self._iterator = iterator
+        self._lock = threading.Lock()
+
+    def next(self) -> Any:
+        with self._lock:
+            return next(self._iterator, _END)
+
+    def close(self) -> None:
+        with self._lock:
+            if inspect.isgenerator(self._iterator):
+                self._iterator.close()
 
 
 class _Finished:
@@ -309,31 +399,6 @@ def _finished(call: Callable[[], Any], finish: Callable[[Any], Any]) -> Any:
     if type(result) in _LASTING or inspect.isawaitable(result):
         return result  # the loop has more time than the one thread
     return _Finished(finish(result))
-
-
-def _bare(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function behind a bound method, a partial or an instance."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    if inspect.isroutine(function) or isinstance(function, type):
-        return function
-    call: Callable[..., Any] = type(function).__call__
-    return call
-
-
-def _takes_arguments(function: Callable[..., Any]) -> bool:
-    try:
-        return bool(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # a builtin without a signature
-        return True
-
-
-def _public_methods(servable: object) -> list[str]:
-    return [
-        name
-        for name in dir(servable)
-        if not name.startswith("_") and callable(getattr(servable, name, None))
-    ]
 
 
 def _disarm(servable: Any) -> None:
