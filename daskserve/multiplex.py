@@ -1,7 +1,7 @@
 """``@serve.multiplexed``: a few of many models in each replica; in a replica.
 
-Which replica gets the requests for a model is `transport.router`'s business; here the
-last used ones are kept.
+Which replica gets the requests for a model is `transport.router`'s business, which is
+told what is loaded where; here the last used ones are kept.
 """
 
 from __future__ import annotations
@@ -11,17 +11,27 @@ import contextvars
 import functools
 import inspect
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar, overload
 
 from daskserve.config import MultiplexOptions
-from daskserve.replica.context import get_multiplexed_model_id, leave_request
+from daskserve.replica.context import (
+    current_replica,
+    get_multiplexed_model_id,
+    leave_request,
+)
 from daskserve.replica.servable import MODELS
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
 logger = logging.getLogger(__name__)
+
+#: How long one more model waits for another to be out of use, in seconds.
+PATIENCE_S = 5.0
+#: How much the time of loading a model counts beside those before it.
+_WEIGHT = 0.3
 
 
 class _Model:
@@ -46,6 +56,8 @@ class Models:
         Called with a model that has been pushed out; sync or async; None for nothing.
     limit
         How many are kept; None for all.
+    changed
+        Called when others are loaded, or on their way, than before.
     """
 
     def __init__(
@@ -53,10 +65,16 @@ class Models:
         load: Callable[[str], Coroutine[Any, Any, Any]],
         unload: Callable[[Any], Any] | None,
         limit: int | None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
+        self.limit = limit
+        #: About how many seconds it takes to load one; 0 before the first.
+        self.load_s = 0.0
         self._load = load
         self._unload = unload
-        self._limit = limit
+        self._changed = changed
+        #: Done when a model is out of use.
+        self._out_of_use: asyncio.Future[None] | None = None
         self._models: OrderedDict[str, _Model] = OrderedDict()
         self._unloading: set[asyncio.Task[None]] = set()
         # A model is loaded for all requests, and so on behalf of none.
@@ -70,13 +88,15 @@ class Models:
 
     async def get(self, model_id: str) -> Any:
         """Return a model, loaded once however many ask for it."""
+        if model_id not in self._models:
+            await self._make_room(model_id)
         model = self._models.get(model_id)
         if model is None:
-            self._make_room()
             task = asyncio.get_running_loop().create_task(
-                self._load(model_id), context=self._context.copy()
+                self._timed_load(model_id), context=self._context.copy()
             )
             model = self._models[model_id] = _Model(task)
+            self._changed()
         self._models.move_to_end(model_id)
         self._note_user(model)
         try:
@@ -86,6 +106,7 @@ class Models:
             failed = model.loading.done() and not _is_there(model)
             if failed and self._models.get(model_id) is model:
                 del self._models[model_id]  # the next one tries again
+                self._changed()
             raise
 
     async def clear(self) -> None:
@@ -97,11 +118,37 @@ class Models:
         if self._unloading:
             await asyncio.wait(self._unloading)
 
-    def _make_room(self) -> None:
-        while self._limit is not None and len(self._models) >= self._limit:
+    async def _timed_load(self, model_id: str) -> Any:
+        began = time.perf_counter()
+        model = await self._load(model_id)
+        took_s = time.perf_counter() - began
+        self.load_s += (took_s - self.load_s) * (_WEIGHT if self.load_s else 1)
+        return model
+
+    async def _make_room(self, model_id: str) -> None:
+        """Push one out, if there are as many as may be; best one that nobody uses."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + PATIENCE_S
+        while (
+            self.limit is not None
+            and len(self._models) >= self.limit
+            and model_id not in self._models
+        ):
             idle = (key for key, model in self._models.items() if not model.users)
-            key = next(idle, None) or next(iter(self._models))
-            self._evict(self._models.pop(key))
+            key = next(idle, None)
+            # Who uses one itself, and wants another, would wait for itself.
+            uses_one = any(
+                asyncio.current_task() in model.users for model in self._models.values()
+            )
+            if key is not None or uses_one or loop.time() >= deadline:
+                self._evict(self._models.pop(key or next(iter(self._models))))
+                self._changed()
+                continue
+            if self._out_of_use is None:
+                self._out_of_use = loop.create_future()
+            await asyncio.wait(
+                [self._out_of_use], timeout=max(0.0, deadline - loop.time())
+            )
 
     def _evict(self, model: _Model) -> None:
         model.evicted = True
@@ -133,6 +180,9 @@ class Models:
             model.users.discard(task)
             if model.evicted:
                 self._evict(model)
+            if not model.users and self._out_of_use is not None:
+                self._out_of_use.set_result(None)
+                self._out_of_use = None
 
         model.users.add(task)
         task.add_done_callback(ended)
@@ -175,8 +225,9 @@ def multiplexed(
     at a time, it is loaded once; when loading fails, all that wait get the error, and
     the next request tries again. Requests that name a model (in the header
     ``serve_multiplexed_model_id``, or by
-    ``handle.options(multiplexed_model_id=...)``) go to the same replica as long as that
-    has room.
+    ``handle.options(multiplexed_model_id=...)``) go to a replica that has it, a model
+    that none has to one with room for it; one that is much asked for is loaded by more
+    of them.
 
     Parameters
     ----------
@@ -185,8 +236,9 @@ def multiplexed(
         for no limit.
     unload
         Called with each model that is pushed out, and with all when the replica stops;
-        sync or async. A model that requests have asked for is unloaded after they end,
-        so that for so long there may be one more.
+        sync or async. A model that a request has asked for is in use until that ends.
+        One more waits up to 5 s for another to be out of use; after that there may be
+        one too many until then.
 
     Returns
     -------
@@ -247,10 +299,20 @@ def _decorate(function: Any, options: MultiplexOptions) -> Any:
         models = holder.get(get)
         if models is None:
             limit = options.max_num_models_per_replica
-            models = holder[get] = Models(load, options.unload, limit)
+            changed = _replica_told(owner)
+            models = holder[get] = Models(load, options.unload, limit, changed)
         return await models.get(model_id)
 
     return get
+
+
+def _replica_told(owner: Any) -> Callable[[], None]:
+    """Return what tells the replica that other models are loaded than before."""
+    context = current_replica.get()
+    if context is None or context._replica is None:
+        return lambda: None
+    replica = context._replica
+    return lambda: replica.models_changed(vars(owner)[MODELS].values())
 
 
 def _model_id(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> str:

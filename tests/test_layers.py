@@ -65,13 +65,15 @@ PURE = [
     "config",
     "exceptions",
     "transport.items",
+    "transport.group",
     "transport.messages",
+    "transport.model_places",
     "transport.outbox",
     "transport.router",
     "transport.snapshots",
     "proxy.routes",
     "proxy.windows",
-    "replica.places",
+    "replica.admission",
     "controller.*",
 ]
 #: ... and those of them that do the I/O for the others.

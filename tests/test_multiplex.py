@@ -14,9 +14,11 @@ import httpx
 import pytest
 
 import daskserve as serve
+from daskserve import multiplex
 from daskserve.multiplex import Models
 from daskserve.replica.context import ReplicaContext, current_replica
 from daskserve.transport.messages import MODEL_HEADERS
+from daskserve.transport.model_places import EXPECTED_S
 from daskserve.transport.router import Router, Slot
 from tests.test_http import Site, open_site
 from tests.utils import poll
@@ -98,7 +100,45 @@ def test_a_failure_is_for_all_who_wait_and_is_not_kept() -> None:
     run(main())
 
 
-def test_one_in_use_is_unloaded_when_those_who_use_it_have_ended() -> None:
+def test_one_in_use_is_pushed_out_when_those_who_use_it_have_ended() -> None:
+    async def main() -> None:
+        shelf = Shelf(limit=1)
+        go = asyncio.Event()
+
+        async def use() -> None:
+            await shelf.models.get("a")
+            await go.wait()
+
+        users = [asyncio.ensure_future(use()) for _ in range(2)]
+        await asyncio.sleep(0.02)
+        next_one = asyncio.ensure_future(shelf.get("b"))
+        await asyncio.sleep(0.02)
+        assert shelf.loaded == ["a"]
+        go.set()
+        assert await next_one == "B"
+        await asyncio.gather(*users)
+        assert shelf.unloaded == ["A"] and shelf.loaded == ["a", "b"]
+
+    run(main())
+
+
+def test_who_uses_one_and_wants_another_does_not_wait_for_itself() -> None:
+    async def main() -> None:
+        shelf = Shelf(limit=1)
+
+        async def use_both() -> str:
+            return await shelf.models.get("a") + await shelf.models.get("b")
+
+        assert await use_both() == "AB"
+
+    run(main())
+
+
+def test_one_in_use_for_long_is_unloaded_when_those_who_use_it_have_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(multiplex, "PATIENCE_S", 0.05)
+
     async def main() -> None:
         shelf = Shelf(limit=1)
         go = asyncio.Event()
@@ -189,6 +229,59 @@ def test_all_callers_send_a_model_to_the_same_replica_and_spread_models() -> Non
         slot, now = one.choose_for_model(f"m{n}", 0), other.choose_for_model(f"m{n}", 0)
         assert slot is not None and now is not None
         assert slot.replica_id in (now.replica_id, gone)
+
+
+def ask(made: Router, model_id: str, now: float = 0.0) -> Slot:
+    slot = made.choose_for_model(model_id, now)
+    assert slot is not None
+    return slot
+
+
+def test_models_go_where_there_is_room_for_them() -> None:
+    made = router(3, 100)
+    made.models.report(made.slots[0], 3, 2.0, [], 0.0)  # as the first one says
+    for turn in range(10):
+        for n in range(9):
+            slot = ask(made, f"m{n}", turn)
+            loaded = {*made.models._loaded.get(slot, ()), f"m{n}"}
+            made.models.report(slot, 3, 2.0, loaded, turn)
+    loads = [len(made.models._loaded[slot]) for slot in made.slots.values()]
+    assert loads == [3, 3, 3]
+
+
+def test_a_hot_model_spreads_when_its_replica_is_busy() -> None:
+    made = router(3, 100)
+    (first, *others) = made.ranked("hot")
+    made.models.report(first, 2, 2.0, ["hot"], 0.0)
+    for slot in made.slots.values():
+        made.report(slot, 0, 100, 0.1, False, 0.0)
+    for _ in range(15):
+        assert ask(made, "hot") is first
+        made.begin(first)
+    for _ in range(10):  # what waits there takes more than to load it once more
+        made.begin(first)
+    second = ask(made, "hot")
+    assert second is others[0]
+    made.models.report(others[0], 2, 2.0, ["hot"], 0.0)
+    made.models.report(others[1], 2, 2.0, ["cold", "colder"], 0.0)
+    for _ in range(40):  # and not in the place of others
+        slot = ask(made, "hot")
+        assert slot is not others[1]
+        made.begin(slot)
+
+
+def test_a_model_that_did_not_load_is_not_expected_for_ever() -> None:
+    made = router(2, 100)
+    slot = ask(made, "none", 0.0)
+    assert slot in made.models.holders("none")
+    made.models.report(slot, 1, 2.0, [], 1.0)
+    assert not made.models.has_room(slot, 1.0)  # the answer may be on its way
+    made.models.report(slot, 1, 2.0, [], EXPECTED_S + 1)
+    assert made.models.has_room(slot, EXPECTED_S + 1)
+    assert not made.models.holders("none")
+    made.models.report(slot, 1, 2.0, ["a"], 9.0)
+    made.update([s for s in made.slots.values() if s is not slot], 100)
+    assert not made.models.holders("a")
 
 
 def test_a_full_replica_sends_its_models_to_the_next_one() -> None:

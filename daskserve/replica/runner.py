@@ -53,6 +53,7 @@ from daskserve.transport.messages import (
     FULL,
     FULL_OF_WEBSOCKETS,
     LOAD,
+    MODELS,
     NO_LIMIT,
     NOT_ENCODABLE,
     OPENING,
@@ -79,6 +80,8 @@ Key: TypeAlias = tuple[ReplyTo, int]
 KEPT_S = 1.0
 #: How often a caller is told at most, and how often again, what others have here.
 TELL_S, TELL_AGAIN_S = 0.001, 0.5
+#: Of how many models callers are told, the last used ones.
+MAX_TOLD = 1000
 #: How much the time of a call counts beside those before it.
 WEIGHT = 0.1
 #: How long cancelled requests may take to clean up.
@@ -163,6 +166,8 @@ class Runner:
         #: How long async calls take, those of apps included, in seconds.
         self._call_s = 0.0
         self._stuck = False
+        #: Which models are loaded, as callers are told.
+        self._models: Message | None = None
         self._warned_at = -math.inf
         self._accepting = False
         self._stopping = False
@@ -212,6 +217,17 @@ class Runner:
     def reconfigure(self, user_config: bytes | None, config_generation: int) -> None:
         """Give the user's object another config, and report how that went."""
         self._submit(self._reconfigure_and_report(user_config, config_generation))
+
+    def models_changed(self, models: Iterable[Any]) -> None:
+        """Tell callers which models are loaded here; on the loop."""
+        models = list(models)
+        limits = [each.limit for each in models if each.limit is not None]
+        ids = [model_id for each in models for model_id in each.ids]
+        load_us = int(max(each.load_s for each in models) * 1e6)
+        news = min(limits, default=0), load_us, tuple(ids[-MAX_TOLD:])
+        self._models = (MODELS, 0, self.spec.replica_id, *news)
+        for reply_to in self._ways.values():
+            reply_to.send(self._models)
 
     def check_health(self, began: Callable[[], None]) -> Future[bool]:
         """Call `began`, and the user's ``check_health()``, on the loop; any thread.
@@ -400,6 +416,8 @@ class Runner:
                 self._offer_slots()
 
     def _begin(self, reply_to: ReplyTo, message: Message) -> None:
+        if self._models is not None and reply_to.caller not in self._ways:
+            reply_to.send(self._models)
         self._ways[reply_to.caller] = reply_to
         refusal = self._refusal(reply_to, message[0])
         if refusal is not None:

@@ -23,6 +23,7 @@ from daskserve.transport.messages import (
     FULL,
     FULL_OF_WEBSOCKETS,
     LOAD,
+    MODELS,
     ROOM,
     WANT,
     Message,
@@ -407,6 +408,11 @@ class Dispatcher:
             )
             if group.waiting:
                 self._hand_out(group)
+        elif message[0] == MODELS:
+            _, _, _, limit, load_us, ids = message
+            group.router.models.report(
+                slot, limit, load_us / 1e6, ids, self.loop.time()
+            )
 
     def _has_slot(self, group: Group, slot: Slot) -> None:
         """Take a slot that a replica keeps for this process, for a moment."""

@@ -45,6 +45,8 @@ These belong to no exchange, and have a 0 for its id:
 ``LOAD``      replica, requests of others in it, how many it takes at a time,
               microseconds that each adds to the wait of the next, whether calls that
               nobody waits for keep it from all others: when that has changed
+``MODELS``    replica, how many models it keeps or 0, microseconds that one takes to
+              load, ids of those it has: when they have changed
 ``WELCOME``   the secret was right (on direct connections)
 ``GOODBYE``   the replica is about to end (on direct connections)
 ============  ==============================================================
@@ -90,6 +92,7 @@ GOODBYE: Final = 34
 DECLINE: Final = 35
 WANT: Final = 36
 LOAD: Final = 37
+MODELS: Final = 38
 
 PART: Final = 48
 WHOLE: Final = 49

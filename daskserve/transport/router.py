@@ -9,9 +9,9 @@ M. Mitzenmacher, IEEE TPDS 12(10), 2001), and nothing is sent to one that is tho
 be full: it waits at the caller, who asks for a slot, until somebody is free ("late
 binding": K. Ousterhout et al., "Sparrow", SOSP 2013).
 
-A request for one of many models goes to the replica that comes first for it in an order
-that all callers share ("highest random weight": D. Thaler and C. Ravishankar, IEEE/ACM
-Trans. Networking 6(1), 1998), so that it finds the model there, loaded by others.
+A request for one of many models goes to a replica that has it, which `models` knows, or
+to one with room for it, the first in an order that all callers share ("highest random
+weight": D. Thaler and C. Ravishankar, IEEE/ACM Trans. Networking 6(1), 1998).
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import random
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from daskserve.transport.model_places import ModelPlaces
 
 #: What a message to another process and back costs, in seconds. A call that takes less
 #: is not worth moving: that costs more than it brings.
@@ -107,6 +109,8 @@ class Router:
         self._closed: list[tuple[float, int, Slot]] = []
         self._random = (rng or random.Random()).random
         self._ranked: OrderedDict[str, list[Slot]] = OrderedDict()
+        #: Which replicas have which models.
+        self.models: ModelPlaces[Slot] = ModelPlaces()
 
     def update(self, slots: Iterable[Slot], max_ongoing: int) -> None:
         """Take the newest snapshot's replicas; counts of those that stay are kept."""
@@ -119,6 +123,7 @@ class Router:
             if replica_id not in fresh:
                 slot.routable = False
                 self.note(slot)
+                self.models.forget(slot)
         for replica_id, slot in fresh.items():
             if replica_id not in former or (changed and slot.first_limit is None):
                 limit = slot.first_limit
@@ -253,12 +258,32 @@ class Router:
     def choose_for_model(
         self, model_id: str, now: float, avoid: Slot | None = None
     ) -> Slot | None:
-        """Return the first replica with room in a model's order, or None."""
+        """Return a replica that has a model, or is to load it; None if all are full.
+
+        It is loaded once more where there is room for it if the wait where it is is
+        longer by what that takes; and in the place of another model only if none that
+        has it takes a request now.
+        """
+        models = self.models
+        holders = models.holders(model_id)
+        there = self._best(holders, now, avoid)
+        wait = math.inf if there is None else self._wait(there, now)
+        if there is not None and wait < models.load_s:
+            return there
+        first = None
         for slot in self.ranked(model_id):
-            if slot.index >= 0 and slot is not avoid:
-                if self._wait(slot, now) != math.inf:
-                    return slot
-        return self.choose(now, avoid)
+            if slot is avoid or self._wait(slot, now) == math.inf or slot.index < 0:
+                continue
+            first = first or slot
+            if slot not in holders and models.has_room(slot, now):
+                if wait < self._wait(slot, now) + models.load_s:
+                    break
+                models.expect(slot, model_id, now)
+                return slot
+        chosen = there or first or self.choose(now, avoid)
+        if chosen is not None:
+            models.expect(chosen, model_id, now)
+        return chosen
 
     def choose_for_websocket(self, limit: int, now: float) -> Slot | None:
         """Return the replica with the fewest WebSockets, None if all have `limit`."""
@@ -329,7 +354,7 @@ class Router:
     ) -> Slot | None:
         best, least = None, math.inf
         for slot in slots:
-            if slot is not avoid:
+            if slot is not avoid and slot.index >= 0:
                 wait = self._wait(slot, now)
                 if wait < least:
                     best, least = slot, wait
