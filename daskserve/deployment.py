@@ -12,6 +12,7 @@ from daskserve.config import AutoscalingConfig, Default, DeploymentOptions
 from daskserve.controller.records import Spec
 from daskserve.handle import DeploymentHandle
 from daskserve.mapping import map_collection
+from daskserve.replica.methods import is_threaded
 from daskserve.session import Session, current_session
 
 #: What of the options reads back as it was given.
@@ -95,7 +96,7 @@ class Deployment:
         --------
         >>> Counter.options(num_replicas=4).deploy()  # doctest: +SKIP
         """
-        return Deployment(self._target, self._options.replace(**changes))
+        return _make(self._target, self._options.replace(**changes))
 
     def deploy(self, *init_args: Any, **init_kwargs: Any) -> Any:
         """Deploy, or update what is deployed under this name, and wait until it runs.
@@ -437,20 +438,31 @@ def deployment(
     if target is not None:
         if options or not _deployable(target):
             raise _not_deployable(target)
-        return _make(target, {})
+        return _named(target, {})
     # Checked now, so that a mistake shows where it stands.
     _checked({"name": "name", **options})
 
     def decorate(target: Callable[..., Any]) -> Deployment:
-        return _make(target, options)
+        return _named(target, options)
 
     return decorate
 
 
-def _make(target: Callable[..., Any], options: dict[str, Any]) -> Deployment:
+def _named(target: Callable[..., Any], options: dict[str, Any]) -> Deployment:
     if not _deployable(target):
         raise _not_deployable(target)
-    return Deployment(target, _checked({"name": target.__name__, **options}))
+    return _make(target, _checked({"name": target.__name__, **options}))
+
+
+def _make(target: Any, options: DeploymentOptions) -> Deployment:
+    unlimited = options.max_ongoing_requests is None
+    if unlimited and not isinstance(target, bytes) and is_threaded(target):
+        raise ValueError(
+            f"max_ongoing_requests=None is for async code, and all of "
+            f"{options.name!r} is sync: it runs threads={options.threads} calls at a "
+            f"time, what waits is limited by max_queued_requests; give a number"
+        )
+    return Deployment(target, options)
 
 
 def _checked(options: dict[str, Any]) -> DeploymentOptions:

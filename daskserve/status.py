@@ -83,6 +83,8 @@ class DeploymentStatus:
     deaths: list[DeathStatus] = field(default_factory=list)
     #: The app that it is a part of; see `daskserve.run`.
     app: str | None = None
+    #: What the number of replicas follows, if it is not fixed, and what it asks for.
+    autoscaling: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +188,7 @@ def _deployment_lines(name: str, deployment: DeploymentStatus) -> list[list[str]
     app = "" if deployment.app is None else f"  app {deployment.app}"
     lines = [[f"  {name}  {deployment.state}  {count} replicas  {route}{version}{app}"]]
     lines += _reason(deployment.reason, 4)
+    lines += _reason(deployment.autoscaling, 4)
     for replica in deployment.replicas:
         where = f"{replica.worker or '-'}  pid {replica.pid or '-'}"
         lines.append([f"    {replica.replica_tag}  {replica.state}  {where}"])

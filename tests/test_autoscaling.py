@@ -335,6 +335,26 @@ def test_status_while_scaling() -> None:
     assert sim.status()["state"] == "HEALTHY"
 
 
+def test_status_explains_the_number() -> None:
+    sim = Sim()
+    delays = {"upscale_delay_s": 5, "downscale_delay_s": 20, "look_back_period_s": 1}
+    sim.begin(min_replicas=1, max_replicas=6, target_ongoing_requests=10, **delays)
+    assert "0 requests wait or run" in sim.status()["autoscaling"]
+    sim.run(2, lambda _: 1000)
+    text = sim.status()["autoscaling"]
+    assert "1e+03 requests wait or run" in text and "10 for each replica" in text
+    assert text.endswith(
+        "6 of 1 to 6 replicas called for, 1 wanted, if that lasts for 3 s more"
+    )
+    sim.run(10, lambda _: 1000)
+    assert sim.status()["autoscaling"].endswith("6 replicas called for, 6 wanted")
+    sim.run(5, lambda _: 0)
+    text = sim.status()["autoscaling"]
+    assert "1 of 1 to 6 replicas called for, 6 wanted, if that lasts for 1" in text
+    sim.run(30, lambda _: 0)
+    assert sim.status()["autoscaling"].endswith("1 wanted")
+
+
 def test_status_when_new_ones_do_not_start() -> None:
     sim = Sim(start_s=1000)
     sim.deploy(**spec())

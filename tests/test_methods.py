@@ -168,3 +168,36 @@ def test_callables_that_an_object_keeps() -> None:
     made = Sync()
     made._method, made.number = wait, 1
     assert is_threaded(made)
+
+
+def test_classes_are_threaded_as_their_instances_are() -> None:
+    class Sync:
+        def __call__(self) -> int:
+            return 1
+
+    class Mixed(Sync):
+        async def other(self) -> int:
+            return 2
+
+    assert is_threaded(Sync) and is_threaded(Sync())
+    assert not is_threaded(Mixed)
+
+
+def test_no_limit_is_for_async_code() -> None:
+    @serve.deployment(max_ongoing_requests=None)
+    async def fine(request: Any) -> str:
+        return "x"
+
+    with pytest.raises(ValueError, match="max_ongoing_requests=None is for async code"):
+
+        @serve.deployment(max_ongoing_requests=None)
+        def sync(request: Any) -> str:
+            return "x"
+
+    @serve.deployment
+    class Sync:
+        def __call__(self) -> int:
+            return 1
+
+    with pytest.raises(ValueError, match="'Sync' is sync: it runs threads=1 calls"):
+        Sync.options(max_ongoing_requests=None)

@@ -137,6 +137,8 @@ class Scaling:
     loads: Mapping[int, float] = field(default_factory=dict)
     #: As long as so many run, more that are on the way are nothing to worry about.
     floor: int | None = None
+    #: Requests when it was looked last, on average, and the policy's answer.
+    last: tuple[float, float, int] | None = None
     #: Why the number last changed.
     note: str = ""
     #: What is wrong with the policy.
@@ -243,6 +245,41 @@ class Scaling:
         if goal.spec.autoscaling is None or self.floor is None or goal.failures:
             return wanted
         return min(wanted, self.floor)
+
+    def explain(self, goal: Goal, now: float) -> str:
+        """Say what the last decision rests on, and when another one may follow.
+
+        Parameters
+        ----------
+        goal
+            What is wanted.
+        now
+            Time in seconds.
+
+        Returns
+        -------
+        str
+            "" if the number is fixed, or no load was looked at yet.
+        """
+        if goal.spec.autoscaling is None or self.last is None:
+            return ""
+        config, there = self.config(goal.spec), goal.spec.num_replicas
+        requests, average, wish = self.last
+        text = (
+            f"{requests:.3g} requests wait or run, {average:.3g} on average over "
+            f"{config.look_back_period_s:g} s; {config.target_ongoing_requests:g} for "
+            f"each replica; {wish} of {config.min_replicas} to {config.max_replicas} "
+            f"replicas called for, {there} wanted"
+        )
+        if wish == there:
+            return text
+        delay_s = config.upscale_delay_s if wish > there else config.downscale_delay_s
+        since = self.began if self.began is not None else now
+        for at, number in self.wishes:
+            if (number > there) != (wish > there) or number == there:
+                since = at
+        left_s = max(0.0, delay_s - (now - since))
+        return f"{text}, if that lasts for {left_s:.3g} s more"
 
     def describe(self, goal: Goal, ready: int, there: int) -> str:
         """Say what goes on, for the status.

@@ -99,6 +99,7 @@ def _status_entry(d: ManagedDeployment, now: float) -> dict[str, Any]:
         "running_replicas": 0 if deleting else len(d.routable()),
         "replicas": [_replica_entry(r, now) for r in d.replicas.values()],
         "deaths": [_death_entry(death, now) for death in d.deaths],
+        "autoscaling": d.scaling.explain(d.current, now),
     }
 
 

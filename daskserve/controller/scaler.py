@@ -85,6 +85,7 @@ def scale(
     if d.target.in_progress:
         # Nothing is taken away meanwhile, and delays begin when it is done.
         answer = max(answer, there)
+    scaling.last = load.requests, average, config.clamp(answer)
     number = scaling.decide(now, there, answer, config)
     if number > there:
         _set(d, goals, number, f"scaling up, {_per_replica(average, config)}")

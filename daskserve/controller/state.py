@@ -580,7 +580,8 @@ class ControllerState:
         dict
             By name: ``state``, ``reason``, ``version``, ``route_prefix``,
             ``target_replicas``, ``running_replicas`` (that take requests),
-            ``replicas`` and ``deaths`` (the last ten), all plain values.
+            ``replicas``, ``deaths`` (the last ten) and ``autoscaling`` (what the
+            number follows), all plain values.
         """
         return reports.status_of(self._live.values(), self._draining, now)
 

@@ -45,14 +45,14 @@ def needs_loop(cls: type) -> bool:
 
 
 def is_threaded(servable: Any) -> bool:
-    """Whether every call of an object or a function is sync and no generator."""
-    cls = type(servable)
+    """Whether all calls of an object, a class or a function are sync, no generators."""
+    cls = servable if isinstance(servable, type) else type(servable)
     if inspect.isroutine(servable) or isinstance(servable, functools.partial):
         callables = [servable]
     elif find_ingress(cls) is not None:
         return False
     else:
-        own = getattr(servable, "__dict__", {})
+        own = {} if cls is servable else getattr(servable, "__dict__", {})
         callables = [
             member
             for name, member in [*_members(cls), *own.items()]
