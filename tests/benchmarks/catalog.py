@@ -11,6 +11,7 @@ from tests.benchmarks import (
     lifecycle,
     requests,
     streams,
+    work,
 )
 
 #: Those of the same place next to each other, so that it is started once.
@@ -23,4 +24,5 @@ BENCHES = [
     *streams.BENCHES,
     *lifecycle.BENCHES,
     *idle.BENCHES,
+    *work.BENCHES,
 ]
