@@ -9,6 +9,7 @@ from tests.benchmarks import (
     handles,
     idle,
     lifecycle,
+    places,
     requests,
     streams,
     work,
@@ -25,4 +26,5 @@ BENCHES = [
     *lifecycle.BENCHES,
     *idle.BENCHES,
     *work.BENCHES,
+    *places.BENCHES,
 ]
