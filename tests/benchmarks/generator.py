@@ -1,7 +1,7 @@
 """Makes the calls of a load, by HTTP or through a handle; a process of its own.
 
 It gets a target and a load as JSON on stdin and prints what came of the calls. At a
-thousand requests a second it takes some tenths of a core.
+thousand requests a second it takes about a tenth of a core.
 """
 
 from __future__ import annotations

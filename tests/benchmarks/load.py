@@ -126,15 +126,23 @@ async def _client(
 async def exchange(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes
 ) -> tuple[int, bytes]:
-    """Send a request on a connection that is kept; return the answer's status and body.
-
-    Only of answers that tell their length.
-    """
+    """Send a request on a connection that is kept; return the status and the body."""
     writer.write(request)
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    assert head.startswith(b"http/1.1 "), head
     length = re.search(rb"\r\ncontent-length: *(\d+)", head)
-    assert head.startswith(b"http/1.1 ") and length, head
-    return int(head[9:12]), await reader.readexactly(int(length[1]))
+    if length:
+        return int(head[9:12]), await reader.readexactly(int(length[1]))
+    assert b"\r\ntransfer-encoding: chunked" in head, head
+    return int(head[9:12]), await _read_chunks(reader)
+
+
+async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
+    body = b""
+    while size := int(await reader.readuntil(b"\r\n"), 16):
+        body += (await reader.readexactly(size + 2))[:-2]
+    assert await reader.readuntil(b"\r\n") == b"\r\n", "trailers"
+    return body
 
 
 if __name__ == "__main__":
