@@ -18,6 +18,7 @@ from tests.benchmarks.calls import Done, Load
 from tests.benchmarks.catalog import BENCHES
 from tests.benchmarks.generator import Target, generate
 from tests.benchmarks.load import parse_wrk
+from tests.benchmarks.peer_apps import working
 from tests.benchmarks.rows import Bench, Figures, Row, Sides, measure, medians
 from tests.benchmarks.table import lines
 from tests.utils import ROOT, run_uvicorn
@@ -59,16 +60,26 @@ OTHERS = [
     "deploy/route-update",
     "idle/proxy-and-replica",
 ]
+WORK = [
+    "work/numpy/2/head/c=10",
+    "work/sync-20ms/2/every/c=n",
+    "work/sync-20ms/2/replica/c=n",
+    "work/sync-20ms/2/task/c=n",
+    "work/sync-20ms/2/client/c=n",
+    "places/near/c=200",
+]
+MAY_BE_0 = ("% of a core", "share off by", "doubled")
 
 
 @pytest.mark.slow
-def test_others(tmp_path: Path) -> None:
-    rows = run(tmp_path, "|".join(f"^{name}$" for name in OTHERS), 0.2)
-    assert sorted(rows) == sorted(OTHERS)
+@pytest.mark.parametrize("names", [OTHERS, WORK], ids=["others", "work"])
+def test_rows(tmp_path: Path, names: list[str]) -> None:
+    rows = run(tmp_path, "|".join(f"^{name}$" for name in names), 0.2)
+    assert sorted(rows) == sorted(names)
     for row in rows.values():
         assert row["error"] is None
         ours = row["ours"][0]
-        assert all(v > 0 for name, v in ours.items() if name != "% of a core"), row
+        assert all(v > 0 for name, v in ours.items() if name not in MAY_BE_0), row
 
 
 @contextmanager
@@ -177,8 +188,9 @@ def test_parse_wrk() -> None:
 class Stalling:
     """An app that answers with its path, and the first time stands still before."""
 
-    def __init__(self, stall_s: float) -> None:
+    def __init__(self, stall_s: float, chunked: bool = False) -> None:
         self._stall_s = stall_s
+        self._chunked = chunked
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -186,8 +198,8 @@ class Stalling:
         time.sleep(self._stall_s)  # noqa: ASYNC251 - as code that blocks does
         self._stall_s = 0
         body = scope["path"].encode() + scope["query_string"]
-        length = str(len(body)).encode()
-        start = {"status": 200, "headers": [(b"content-length", length)]}
+        length = (b"content-length", str(len(body)).encode())
+        start = {"status": 200, "headers": [] if self._chunked else [length]}
         await send({"type": "http.response.start", **start})
         await send({"type": "http.response.body", "body": body})
 
@@ -206,12 +218,14 @@ def test_open_loop_counts_stalls() -> None:
     assert all(d.at < 0.5 for d in late)
 
 
+@pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("via", ["pool", "httpx"])
-def test_closed_loop(via: str) -> None:
+def test_closed_loop(via: str, chunked: bool) -> None:
     load = Load(mix=((1, 1),), seconds=0.3, seed=0, clients=4)
-    with run_uvicorn(Stalling(0.1)) as url:
+    with run_uvicorn(Stalling(0.1, chunked)) as url:
         done = generate(Target(via, [f"{url}/a", f"{url}/b"]), load)
     scores.check(done)
+    assert {d.who for d in done} == {"/ams=1", "/bms=1"}
     assert scores.throughput(done) > 20
     assert scores.share_off_by(done, 2, lambda who: 1.0) < 0.5
     assert max(d.at for d in done) < 0.3
@@ -249,3 +263,11 @@ def test_scores() -> None:
     figures = scores.latencies(done, [d.seconds for d in done], ((4, 20), (1, 10)))
     assert figures["20ms: p99 ms"] == pytest.approx(30)
     assert figures["10ms: p50 ms"] == pytest.approx(20)
+
+
+def test_working() -> None:
+    assert working.work("python:10")["ok"] is True
+    assert working.work("sleep:1")["ok"] is True
+    assert working.spin(4) == 0 + 1 + 4 + 9
+    with pytest.raises(ValueError, match="'none' is neither"):
+        working.work("none")
