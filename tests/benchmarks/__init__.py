@@ -81,6 +81,12 @@ all raw figures, and is written whatever happens. ``--list`` prints the rows' na
     having one. Percentiles beyond the number of calls are maxima: give ``mixed`` half a
     minute.
 
+``work/autoscaled/1-3``, ``work/stuck/1-of-2``
+    Ten clients of what has scaled from one replica to three, beside one that has one;
+    and how long it takes to be one again, while few calls come, of which none may fail.
+    200 quick calls, 50 a second, while one of two replicas is in a call of 20 s whose
+    client has gone.
+
 ``places/{where}/c={connections}``
     Small requests to one replica that takes 100 at a time, beside the same with room
     for all. ``p99 / round`` is the 99th percentile over the time in which all
@@ -93,6 +99,10 @@ all raw figures, and is written whatever happens. ``--list`` prints the rows' na
 ``places/websockets/1000-idle``, ``places/websockets/refused``
     Small requests while so many WebSockets are open, beside the same without; and how
     soon one more is refused.
+
+``limits/open-files``
+    120 deployments with 440 replicas on 12 workers of 1024 open files at most, each
+    asked by each server: how many files are open then.
 
 ``peers/{system}/{variant}/c={connections}``
     With ``--peers VENV``, another virtual environment: small requests beside the

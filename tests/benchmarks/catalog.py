@@ -9,9 +9,11 @@ from tests.benchmarks import (
     handles,
     idle,
     lifecycle,
+    limits,
     places,
     requests,
     streams,
+    upsets,
     work,
 )
 
@@ -26,5 +28,7 @@ BENCHES = [
     *lifecycle.BENCHES,
     *idle.BENCHES,
     *work.BENCHES,
+    *upsets.BENCHES,
     *places.BENCHES,
+    *limits.BENCHES,
 ]

@@ -32,7 +32,8 @@ def connected(
     """Connect and send the head of a request."""
     parts = urlsplit(url)
     assert parts.hostname and parts.port
-    head = f"{method} {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n{headers}\r\n"
+    target = parts._replace(scheme="", netloc="").geturl()
+    head = f"{method} {target} HTTP/1.1\r\nHost: {parts.netloc}\r\n{headers}\r\n"
     with socket.create_connection((parts.hostname, parts.port), TIMEOUT_S) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.sendall(head.encode())
