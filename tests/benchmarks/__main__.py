@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from tests.benchmarks import peers
+from tests.benchmarks import peer_work, peers
 from tests.benchmarks.catalog import BENCHES
 from tests.benchmarks.rows import Row, measure
 from tests.benchmarks.table import HEADER, lines, report
@@ -28,11 +28,11 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="only print rows' names")
     parser.add_argument("--peers", type=Path, help="the virtual environment of others")
     args = parser.parse_args()
-    benches = BENCHES
+    benches = [*BENCHES]
     if args.peers is not None:
         if not (args.peers / "bin" / "python").exists():
             parser.error(f"{args.peers} is no virtual environment")
-        benches = [*BENCHES, *peers.benches(args.peers)]
+        benches += [*peers.benches(args.peers), *peer_work.benches(args.peers)]
     chosen = [b.name for b in benches if re.search(args.rows, b.name)]
     if not chosen:
         parser.error(f"no row matches {args.rows!r}")

@@ -9,8 +9,12 @@ from tests.benchmarks import (
     handles,
     idle,
     lifecycle,
+    limits,
+    places,
     requests,
     streams,
+    upsets,
+    work,
 )
 
 #: Those of the same place next to each other, so that it is started once.
@@ -23,4 +27,8 @@ BENCHES = [
     *streams.BENCHES,
     *lifecycle.BENCHES,
     *idle.BENCHES,
+    *work.BENCHES,
+    *upsets.BENCHES,
+    *places.BENCHES,
+    *limits.BENCHES,
 ]

@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -14,10 +13,11 @@ import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from tests.benchmarks.queueing import quantile
 from tests.benchmarks.rows import Figures
 from tests.utils import ROOT
 
-_UNITS = {"us": 1.0, "ms": 1e3, "s": 1e6}
+_UNITS = {"us": 1.0, "ms": 1e3, "s": 1e6, "m": 60e6}
 
 
 def client_name() -> str:
@@ -36,7 +36,7 @@ def load(
     Returns
     -------
     Figures
-        Requests a second, and the median latency in microseconds.
+        Requests a second; the median latency and the 99th percentile in microseconds.
     """
     seconds = max(1, round(seconds)) if client_name() == "wrk" else seconds
     limit = seconds + 30
@@ -70,10 +70,13 @@ def _run(limit: float, *command: str) -> str:
 def parse_wrk(text: str) -> Figures:
     assert "Non-2xx" not in text and "Socket errors" not in text, text
     rate = re.search(r"Requests/sec:\s+([\d.]+)", text)
-    p50 = re.search(r"50%\s+([\d.]+)(us|ms|s)\b", text)
-    assert rate and p50, text
-    assert float(rate[1]) > 0, text
-    return {"req/s": float(rate[1]), "p50 us": float(p50[1]) * _UNITS[p50[2]]}
+    assert rate and float(rate[1]) > 0, text
+    figures = {"req/s": float(rate[1])}
+    for percent in (50, 99):
+        found = re.search(rf"\b{percent}%\s+([\d.]+)(us|ms|s|m)\b", text)
+        assert found, text
+        figures[f"p{percent} us"] = float(found[1]) * _UNITS[found[2]]
+    return figures
 
 
 async def _storm(
@@ -85,17 +88,23 @@ async def _storm(
 ) -> Figures:
     deadline = time.perf_counter() + seconds
     latencies: list[float] = []
-    request = _request(url, headers, body)
+    request = request_bytes(url, headers, body)
     clients = (_client(url, request, deadline, latencies) for _ in range(connections))
     await asyncio.gather(*clients)
-    p50 = statistics.median(latencies) * 1e6
-    return {"req/s": len(latencies) / seconds, "p50 us": p50}
+    figures = {"req/s": len(latencies) / seconds}
+    for percent in (50, 99):
+        figures[f"p{percent} us"] = quantile(latencies, percent / 100) * 1e6
+    return figures
 
 
-def _request(url: str, headers: Sequence[str], body: str | None) -> bytes:
+def request_bytes(
+    url: str, headers: Sequence[str] = (), body: str | None = None
+) -> bytes:
+    """Return a whole request: GET, or with a body POST of JSON."""
     parts = urlsplit(url)
     method = "GET" if body is None else "POST"
-    lines = [f"{method} {parts.path or '/'} HTTP/1.1", f"Host: {parts.netloc}"]
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    lines = [f"{method} {target} HTTP/1.1", f"Host: {parts.netloc}"]
     if body is not None:
         lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
     return "\r\n".join([*lines, *headers, "", body or ""]).encode()
@@ -107,14 +116,33 @@ async def _client(
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     while (began := time.perf_counter()) < deadline:
-        writer.write(request)
-        head = (await reader.readuntil(b"\r\n\r\n")).lower()
-        length = re.search(rb"\r\ncontent-length: *(\d+)", head)
-        assert head.startswith(b"http/1.1 200 ") and length, head
-        await reader.readexactly(int(length[1]))
+        status, body = await exchange(reader, writer, request)
+        assert status == 200, body
         latencies.append(time.perf_counter() - began)
     writer.close()
     await writer.wait_closed()
+
+
+async def exchange(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes
+) -> tuple[int, bytes]:
+    """Send a request on a connection that is kept; return the status and the body."""
+    writer.write(request)
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    assert head.startswith(b"http/1.1 "), head
+    length = re.search(rb"\r\ncontent-length: *(\d+)", head)
+    if length:
+        return int(head[9:12]), await reader.readexactly(int(length[1]))
+    assert b"\r\ntransfer-encoding: chunked" in head, head
+    return int(head[9:12]), await _read_chunks(reader)
+
+
+async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
+    body = b""
+    while size := int(await reader.readuntil(b"\r\n"), 16):
+        body += (await reader.readexactly(size + 2))[:-2]
+    assert await reader.readuntil(b"\r\n") == b"\r\n", "trailers"
+    return body
 
 
 if __name__ == "__main__":

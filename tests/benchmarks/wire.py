@@ -16,6 +16,8 @@ from contextlib import ExitStack, contextmanager
 from urllib.parse import urlsplit
 
 TIMEOUT_S = 30
+#: For WebSockets that are opened at once.
+OPEN_S = 10
 BUFFER = 1 << 20
 UPGRADE = (
     "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
@@ -30,7 +32,8 @@ def connected(
     """Connect and send the head of a request."""
     parts = urlsplit(url)
     assert parts.hostname and parts.port
-    head = f"{method} {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n{headers}\r\n"
+    target = parts._replace(scheme="", netloc="").geturl()
+    head = f"{method} {target} HTTP/1.1\r\nHost: {parts.netloc}\r\n{headers}\r\n"
     with socket.create_connection((parts.hostname, parts.port), TIMEOUT_S) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.sendall(head.encode())
@@ -101,6 +104,33 @@ def read_many(url: str, clients: int, byte: bytes) -> int:
                 if not data:
                     selector.unregister(key.fileobj)
     return count
+
+
+@contextmanager
+def idle_websockets(url: str, count: int) -> Iterator[None]:
+    """Open them all at once, and hold them."""
+    with ExitStack() as stack:
+        opening = [
+            stack.enter_context(connected(url, headers=UPGRADE)) for _ in range(count)
+        ]
+        for number, sock in enumerate(opening):
+            sock.settimeout(OPEN_S)
+            try:
+                read_head(sock)
+            except TimeoutError as err:
+                text = f"{number} of {count} WebSockets are open after {OPEN_S} s"
+                raise AssertionError(text) from err
+        yield
+
+
+def refused_websocket(url: str) -> float:
+    """Return the seconds until a WebSocket is refused; fail if it is not."""
+    began = time.perf_counter()
+    with connected(url, headers=UPGRADE) as sock:
+        sock.settimeout(OPEN_S)
+        head = sock.recv(1 << 16)
+    assert head.startswith(b"HTTP/1.1 503 "), head
+    return time.perf_counter() - began
 
 
 @contextmanager

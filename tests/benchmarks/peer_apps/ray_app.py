@@ -1,10 +1,10 @@
-"""Runs in the peers' environment: the noop app on Ray Serve, on a Ray of its own.
+"""Runs in the peers' environment: the app on Ray Serve, on a Ray of its own.
 
 README
 ------
-``python ray_noop.py PORT [fastapi] [fast]``: one replica. ``fast`` is what Ray calls
-high throughput: HAProxy in front, which asks the replica directly. Ray's files go to
-the working directory; SIGTERM ends it.
+``python ray_app.py PORT WORK REPLICAS [fastapi] [fast]``. ``fast`` is what Ray calls
+high throughput: HAProxy in front, which asks replicas directly. Ray's files go to the
+working directory; SIGTERM ends it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 
-PORT, FLAGS = int(sys.argv[1]), sys.argv[2:]
+PORT, WORK, REPLICAS, *FLAGS = sys.argv[1:]
 
 
 def free_port() -> str:
@@ -43,9 +43,15 @@ import ray  # noqa: E402
 from fastapi import FastAPI  # noqa: E402
 from ray import serve  # noqa: E402
 from starlette.requests import Request  # noqa: E402
+from working import work  # noqa: E402
 
 LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
-OPTIONS = {"num_replicas": 1, "max_ongoing_requests": 100, "logging_config": LOGGING}
+OPTIONS = {
+    "num_replicas": int(REPLICAS),
+    "max_ongoing_requests": 100,
+    "logging_config": LOGGING,
+    "ray_actor_options": {"num_cpus": 0},  # as many replicas as are asked for
+}
 app = FastAPI()
 
 
@@ -53,6 +59,14 @@ app = FastAPI()
 class Noop:
     async def __call__(self, request: Request) -> dict[str, bool]:
         return {"ok": True}
+
+
+@serve.deployment(**OPTIONS)
+class Work:
+    # One call at a time in each replica, as everywhere: Ray would put a sync method on
+    # as many threads as there are requests.
+    async def __call__(self, request: Request) -> dict[str, object]:
+        return work(WORK)
 
 
 @serve.deployment(**OPTIONS)
@@ -65,6 +79,7 @@ class FastAPINoop:
 
 if __name__ == "__main__":
     ray.init("local", include_dashboard=False, _temp_dir=os.getcwd())
-    http_options = {"host": "127.0.0.1", "port": PORT}
+    http_options = {"host": "127.0.0.1", "port": int(PORT)}
     serve.start(http_options=http_options, logging_config=LOGGING)
-    serve.run((FastAPINoop if "fastapi" in FLAGS else Noop).bind(), blocking=True)
+    noop = FastAPINoop if "fastapi" in FLAGS else Noop
+    serve.run((noop if WORK == "none" else Work).bind(), blocking=True)
