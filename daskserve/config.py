@@ -379,6 +379,14 @@ class _Options(_Frozen):
         """Translate older names of options."""
         return data
 
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """Unpickle; options that were not there yet have their defaults."""
+        values = state["__dict__"]
+        if not type(self).model_fields.keys() <= values.keys():
+            given = {name: values[name] for name in state["__pydantic_fields_set__"]}
+            values = {**dict(type(self)(**given)), **values}
+        super().__setstate__({**state, "__dict__": values})
+
 
 class HTTPOptions(_Options):
     """Where and how HTTP servers run: `start`'s ``http_options``.

@@ -593,6 +593,21 @@ def test_validation_errors_are_value_errors(name: str) -> None:
         options(**{name: 0})
 
 
+def test_options_that_were_pickled_when_there_were_fewer() -> None:
+    made = options(num_replicas=3)
+    state = made.__getstate__()
+    before = {n: v for n, v in state["__dict__"].items() if n not in NEW}
+    found = object.__new__(DeploymentOptions)
+    found.__setstate__({**state, "__dict__": before})
+    assert found == made
+    assert (found.num_replicas, found.threads) == (3, 1)
+    assert found.replace(threads=2).threads == 2
+
+
+#: Options that are not in the state files of the first versions.
+NEW = ["threads", "abandoned_call_timeout_s", "max_websockets"]
+
+
 def test_autoscaling_config_reads_back_as_given() -> None:
     given = {"min_replicas": 0, "max_replicas": 3, "upscale_delay_s": "500ms"}
     assert options(autoscaling_config=given).autoscaling_config == given
