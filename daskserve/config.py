@@ -379,6 +379,14 @@ class _Options(_Frozen):
         """Translate older names of options."""
         return data
 
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """Unpickle; options that were not there yet have their defaults."""
+        values = state["__dict__"]
+        if not type(self).model_fields.keys() <= values.keys():
+            given = {name: values[name] for name in state["__pydantic_fields_set__"]}
+            values = {**dict(type(self)(**given)), **values}
+        super().__setstate__({**state, "__dict__": values})
+
 
 class HTTPOptions(_Options):
     """Where and how HTTP servers run: `start`'s ``http_options``.
@@ -689,6 +697,10 @@ class DeploymentOptions(_Options):
         replaced. A check asks the replica's event loop, and ``check_health()`` if the
         class has one; a replica is replaced when that raises three times in a row. A
         worker that says nothing for both together loses its replicas.
+    abandoned_call_timeout_s
+        Seconds after which a replica is replaced whose sync code is still in a call for
+        which nobody waits any more: it timed out, was cancelled, or its client left.
+        None: never.
     graceful_shutdown_timeout_s
         Seconds that a replica's requests may take to end before it is stopped.
     graceful_shutdown_wait_loop_s
@@ -735,6 +747,9 @@ class DeploymentOptions(_Options):
     )
     health_check_timeout_s: PositiveSeconds = _configured(
         "deployment.health-check-timeout"
+    )
+    abandoned_call_timeout_s: PositiveSeconds | None = _configured(
+        "deployment.abandoned-call-timeout"
     )
     graceful_shutdown_timeout_s: Seconds = _configured(
         "deployment.graceful-shutdown-timeout"

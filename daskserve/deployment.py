@@ -340,6 +340,7 @@ class Deployment:
                 else AutoscalingConfig(**options.autoscaling_config).model_dump()
             ),
             threads=options.threads,
+            abandoned_call_timeout_s=options.abandoned_call_timeout_s,
         )
 
     def _check_arguments(self, options: DeploymentOptions) -> None:
@@ -396,8 +397,8 @@ def deployment(
         ``resources`` and ``workers`` (as in Dask), ``request_timeout_s`` (default: the
         instance's), ``deploy_timeout_s`` (300), ``graceful_shutdown_timeout_s`` (20),
         ``graceful_shutdown_wait_loop_s`` (2), ``health_check_period_s`` (10),
-        ``health_check_timeout_s`` (30): see the notes. Times are seconds or
-        strings such as ``"500ms"``.
+        ``health_check_timeout_s`` (30), ``abandoned_call_timeout_s`` (600): see the
+        notes. Times are seconds or strings such as ``"500ms"``.
 
     Raises
     ------
@@ -425,6 +426,9 @@ def deployment(
       one is made while a thread of sync code is idle;
     - when the loop does not answer within the timeout, for a blocking call in async
       code. A sync method that takes long is no fault: the replica is busy;
+    - ``abandoned_call_timeout_s`` after a call of sync code timed out, was cancelled or
+      was left by its client, if it still runs: its thread cannot be stopped. Until then
+      the status says where it is;
     - when its whole worker says nothing for period and timeout together.
 
     It gets no requests from then on, and those in it may end, as in one that stops.

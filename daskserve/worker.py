@@ -175,6 +175,7 @@ class ServeWorkerPlugin(WorkerPlugin):
             runner.reconfigure(**details)
         elif command == "watch" and runner is not None:
             runner.rhythm = details["period_s"], details["timeout_s"]
+            runner.abandoned_call_timeout_s = details["abandoned_call_timeout_s"]
             self._wake_health()
 
     async def _bind(
@@ -249,7 +250,7 @@ class ServeWorkerPlugin(WorkerPlugin):
             self._report(spec.replica_id, news)
 
         window_bytes = self.session.settings.window_bytes
-        runner = Runner(spec, report, self.session, window_bytes)
+        runner = Runner(spec, report, self.session, window_bytes, self._wake_health)
         self.runners[spec.replica_id] = runner
         runner.start()
         self._wake_health()

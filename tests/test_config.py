@@ -102,6 +102,7 @@ def test_duration_refuses(value: object) -> None:
         (HTTPOptions, "keep_alive_timeout_s", False, True),
         (options, "health_check_period_s", False, False),
         (options, "health_check_timeout_s", False, False),
+        (options, "abandoned_call_timeout_s", True, False),
         (options, "graceful_shutdown_timeout_s", False, True),
         (options, "graceful_shutdown_wait_loop_s", False, True),
         (options, "request_timeout_s", True, False),
@@ -470,6 +471,7 @@ def test_deployment_defaults() -> None:
         "workers": None,
         "health_check_period_s": 10,
         "health_check_timeout_s": 30,
+        "abandoned_call_timeout_s": 600,
         "graceful_shutdown_timeout_s": 20,
         "graceful_shutdown_wait_loop_s": 2,
         "request_timeout_s": None,
@@ -589,6 +591,21 @@ def test_deployment_option_refuses(name: str, value: object) -> None:
 def test_validation_errors_are_value_errors(name: str) -> None:
     with pytest.raises(ValueError):
         options(**{name: 0})
+
+
+def test_options_that_were_pickled_when_there_were_fewer() -> None:
+    made = options(num_replicas=3)
+    state = made.__getstate__()
+    before = {n: v for n, v in state["__dict__"].items() if n not in NEW}
+    found = object.__new__(DeploymentOptions)
+    found.__setstate__({**state, "__dict__": before})
+    assert found == made
+    assert (found.num_replicas, found.threads) == (3, 1)
+    assert found.replace(threads=2).threads == 2
+
+
+#: Options that are not in the state files of the first versions.
+NEW = ["threads", "abandoned_call_timeout_s", "max_websockets"]
 
 
 def test_autoscaling_config_reads_back_as_given() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime, timedelta
 from typing import Any
 
 import httpx
@@ -21,8 +24,9 @@ from daskserve import pickling
 from daskserve.controller.actions import Settle, WatchReplica
 from daskserve.controller.health import HealthBoard, note_silence
 from daskserve.exceptions import ReplicaDiedError
-from daskserve.replica.health import HealthMonitor
+from daskserve.replica.health import HealthMonitor, _Patient
 from daskserve.transport.loops import LoopThread
+from daskserve.transport.messages import CANCEL
 from tests.test_failures import Storm, processes, workers_of
 from tests.test_http import Site, open_site
 from tests.test_runner import Replica
@@ -271,7 +275,14 @@ def test_other_rhythm_is_told(rig: Rig) -> None:
     rig.healthy()
     rig.deploy(health_check_period_s=1.0, health_check_timeout_s=2.0)
     told = [a for a in rig.reconcile() if isinstance(a, WatchReplica)]
-    assert told == [WatchReplica(n, address(n), 1.0, 2.0) for n in (1, 2)]
+    assert told == [WatchReplica(n, address(n), 1.0, 2.0, 600.0) for n in (1, 2)]
+    rig.deploy(
+        health_check_period_s=1.0,
+        health_check_timeout_s=2.0,
+        abandoned_call_timeout_s=None,
+    )
+    told = [a for a in rig.reconcile() if isinstance(a, WatchReplica)]
+    assert told == [WatchReplica(n, address(n), 1.0, 2.0, None) for n in (1, 2)]
 
 
 # The checks themselves: a replica and a monitor, no cluster.
@@ -284,10 +295,13 @@ class Watched(Replica):
         self, target: Any, period_s: float, timeout_s: float, **options: Any
     ) -> None:
         self.messages: list[dict[str, Any]] = []
+        #: Wakes the monitor, once there is one.
+        self.wake: Callable[[], None] = lambda: None
         super().__init__(
             target,
             health_check_period_s=period_s,
             health_check_timeout_s=timeout_s,
+            busy_changed=lambda: self.wake(),
             **options,
         )
 
@@ -320,6 +334,7 @@ def watch() -> Iterator[Watch]:
         thread = LoopThread("daskserve-test-health")
         thread.start()
         monitor = HealthMonitor({1: replica.runner}, replica.messages.append)
+        replica.wake = lambda: thread.call_soon(monitor.wake)
         thread.submit(monitor.run())
         ends.extend([thread.stop, replica.runner.abandon])
         return replica
@@ -413,28 +428,51 @@ def test_busy_replica_is_well(watch: Watch) -> None:
     assert replica.troubles() == []
 
 
-def test_check_while_one_of_two_threads_is_busy(watch: Watch) -> None:
-    go = threading.Event()
-    GATES["go"] = go
+class Stuck:
+    """Its calls wait for what nobody sets but the test."""
 
-    class Busy:
-        def __init__(self) -> None:
-            self.checks = 0
+    def __call__(self, gate: str = "go") -> None:
+        GATES["begun"].set()
+        GATES[gate].wait(20)
 
-        def hold(self) -> None:
-            GATES["go"].wait(10)
+    def check_health(self) -> None: ...
 
-        def count(self) -> int:
-            return self.checks
 
-        def check_health(self) -> None:
-            self.checks += 1
+LINE = Stuck.__call__.__code__.co_firstlineno + 2
+PLACE = rf"it is at {__file__}:{LINE} in __call__\(\) \(in .*threading.py.*\)"
 
-    replica = watch(Busy, threads=2)
-    held = replica.call("hold")
+
+@pytest.fixture
+def gates() -> Iterator[dict[str, threading.Event]]:
+    for name in ("begun", "go", "other", "ill"):
+        GATES[name] = threading.Event()
+    yield GATES
+    for gate in GATES.values():
+        gate.set()
+
+
+Gates = dict[str, threading.Event]
+
+
+class Counts(Stuck):
+    """Counts its checks."""
+
+    checks = 0
+
+    def count(self) -> int:
+        return self.checks
+
+    def check_health(self) -> None:
+        self.checks += 1
+
+
+def test_check_while_one_of_two_threads_is_busy(watch: Watch, gates: Gates) -> None:
+    replica = watch(Counts, threads=2)
+    held = replica.call()
+    assert gates["begun"].wait(10)
     checks = replica.result(replica.call("count"))
     poll(lambda: replica.result(replica.call("count")) > checks + 1)
-    go.set()
+    gates["go"].set()
     assert replica.result(held) is None
     assert replica.troubles() == []
 
@@ -544,6 +582,137 @@ def test_check_that_does_not_end(watch: Watch, kind: str) -> None:
     line = Sync.check_health.__code__.co_firstlineno + 3
     place = f": it is at {__file__}:{line} in check_health()"
     assert text.endswith(place) == (kind != "async")
+
+
+def leave(replica: Watched, *args: str) -> None:
+    """Desert a call once it runs."""
+    GATES["begun"].clear()
+    called = replica.call("__call__", *args)
+    assert GATES["begun"].wait(10)
+    replica.runner.put(replica.caller, [(CANCEL, called, 1)])
+
+
+def test_call_that_nobody_waits_for_is_named(watch: Watch, gates: Gates) -> None:
+    """Long before the next check, and only as long as it runs."""
+    replica = watch(Stuck, period_s=60, timeout_s=60)
+    before = datetime.now().astimezone().replace(microsecond=0)
+    leave(replica)
+    ((fatal, text),) = poll(replica.troubles)
+    assert not fatal
+    found = re.fullmatch(
+        rf"busy since (.*) with a call that nobody waits for: {PLACE}", text
+    )
+    assert found is not None
+    assert timedelta() <= datetime.fromisoformat(found[1]) - before <= timedelta(0, 10)
+    gates["go"].set()
+    poll(lambda: replica.messages[-1]["troubles"] == [])
+    assert replica.troubles() == [(False, text)]
+
+
+def test_of_calls_that_nobody_waits_for_the_oldest_is_named(
+    watch: Watch, gates: Gates
+) -> None:
+    replica = watch(Stuck, period_s=60, timeout_s=60, threads=2)
+    leave(replica)
+    first = poll(replica.troubles)
+    time.sleep(1.1)  # another second is written down
+    leave(replica, "other")
+    gates["go"].set()
+    poll(lambda: [t for t in replica.troubles() if t not in first])
+    assert not [fatal for fatal, _ in replica.troubles() if fatal]
+    gates["other"].set()
+    poll(lambda: replica.messages[-1]["troubles"] == [])
+
+
+def test_call_that_somebody_waits_for_is_no_trouble(watch: Watch, gates: Gates) -> None:
+    replica = watch(Stuck, abandoned_call_timeout_s=0.1)
+    called = replica.call()
+    assert gates["begun"].wait(10)
+    number = len(replica.messages)
+    poll(lambda: len(replica.messages) > number + 10)
+    assert replica.troubles() == []
+    gates["go"].set()
+    assert replica.result(called) is None
+
+
+@pytest.mark.parametrize("period_s", [0.1, 60.0])
+def test_call_that_nobody_waits_for_has_a_limit(
+    watch: Watch, gates: Gates, caplog: pytest.LogCaptureFixture, period_s: float
+) -> None:
+    replica = watch(
+        Stuck, period_s=period_s, timeout_s=60, abandoned_call_timeout_s=1.5
+    )
+    began = time.monotonic()
+    leave(replica)
+    text = replica.text()
+    assert time.monotonic() - began >= 1.4
+    assert re.fullmatch(
+        "a call that nobody waits for has run on for 1.5 s "
+        rf"\(abandoned_call_timeout_s\): {PLACE}",
+        text,
+    )
+    logged = [r.message for r in caplog.records if r.name == "daskserve.replica.health"]
+    assert logged == [f"Replica D#1 is to be replaced: {text}"]
+
+
+def test_limit_may_change(watch: Watch, gates: Gates) -> None:
+    replica = watch(Stuck, period_s=60, timeout_s=60)
+    leave(replica)
+    poll(replica.troubles)
+    replica.runner.abandoned_call_timeout_s = 0.6
+    replica.wake()
+    assert "has run on for 0.6 s" in replica.text()
+
+
+def test_calls_that_end_soon_after_they_were_left_are_not_told() -> None:
+    runner = Abandons()
+    patient = _Patient(runner, now=100.0)
+    assert patient.look_for_abandoned(100.0) == math.inf
+    runner.abandoned = 100.0, threading.get_ident()
+    assert patient.look_for_abandoned(100.25) == 100.5
+    assert patient.all_troubles() is None
+    assert patient.look_for_abandoned(100.5) == 110.0
+    assert patient.all_troubles() is not None
+    runner.abandoned = 100.375, threading.get_ident()  # that one ended, another runs
+    assert patient.look_for_abandoned(100.75) == 100.875
+    assert patient.all_troubles() is None
+    runner.abandoned_call_timeout_s = None
+    assert patient.look_for_abandoned(1e6) == math.inf
+    assert patient.all_troubles() is not None
+
+
+class Abandons:
+    """A replica with a call that nobody waits for."""
+
+    tag = "D#1"
+    rhythm = (1.0, 1.0)
+    checkable = True
+    abandoned: tuple[float, int] | None = None
+    abandoned_call_timeout_s: float | None = 10.0
+
+    def check_health(self, began: Callable[[], None]) -> Future[bool]:
+        raise NotImplementedError
+
+    def thread_ids(self) -> list[int | None]:
+        return []
+
+
+class FallsIll(Stuck):
+    """Has an async check, which needs no thread."""
+
+    async def check_health(self) -> None:  # type: ignore[override]
+        if GATES["ill"].is_set():
+            raise LookupError("no database")
+
+
+def test_check_fails_and_a_call_runs_for_nobody(watch: Watch, gates: Gates) -> None:
+    replica = watch(FallsIll)
+    leave(replica)
+    poll(replica.troubles)
+    gates["ill"].set()
+    text = replica.text()
+    assert text.startswith("check_health() failed 3 of 3 times in a row")
+    assert "; busy since" in text
 
 
 def test_class_that_has_any_attribute(watch: Watch) -> None:

@@ -77,7 +77,7 @@ def test_it_was_written_when_there_were_fewer_options(
 
     def before(spec: Spec) -> dict[str, Any]:
         message = plain(spec)
-        del message["threads"]
+        del message["threads"], message["abandoned_call_timeout_s"]
         return message
 
     monkeypatch.setattr(Spec, "to_message", before)

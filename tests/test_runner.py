@@ -91,7 +91,12 @@ class Replica:
     """A runner, what it reported, and a caller."""
 
     def __init__(
-        self, target: Any, *args: Any, wait: bool = True, **options: Any
+        self,
+        target: Any,
+        *args: Any,
+        wait: bool = True,
+        busy_changed: Callable[[], None] = lambda: None,
+        **options: Any,
     ) -> None:
         spec = {
             "replica_id": 1,
@@ -112,6 +117,7 @@ class Replica:
             self.reports.append,
             SimpleNamespace(worker=None, direct_listener=lambda: None),
             WINDOW,
+            busy_changed,
         )
         self._last_id = 0
         self.runner.start()

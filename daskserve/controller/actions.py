@@ -57,7 +57,7 @@ class ReconfigureReplica:
 
 @dataclass(frozen=True, slots=True)
 class WatchReplica:
-    """Check a replica's health in another rhythm from now on.
+    """Watch over a replica in another way from now on.
 
     Parameters
     ----------
@@ -69,12 +69,15 @@ class WatchReplica:
         Seconds between two checks.
     timeout_s
         Seconds that one may take.
+    abandoned_call_timeout_s
+        Seconds that a sync call may run on for which nobody waits. None: for ever.
     """
 
     replica_id: int
     worker: str
     period_s: float
     timeout_s: float
+    abandoned_call_timeout_s: float | None
 
 
 @dataclass(frozen=True, slots=True)

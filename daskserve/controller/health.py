@@ -242,7 +242,7 @@ def note_trouble(
 
 
 def watch(d: ManagedDeployment) -> None:
-    """Tell replicas when the rhythm of their checks has changed.
+    """Tell workers when replicas are to be watched in another way.
 
     Parameters
     ----------
@@ -250,11 +250,10 @@ def watch(d: ManagedDeployment) -> None:
         The deployment.
     """
     for r in d.replicas.values():
-        rhythm = r.spec.health_check_period_s, r.spec.health_check_timeout_s
         told = r.state in (ReplicaState.STARTING, ReplicaState.RUNNING)
-        if told and r.watched != rhythm:
-            r.watched = rhythm
-            d.shared.actions.append(WatchReplica(r.replica_id, r.worker, *rhythm))
+        if told and r.watched != r.spec.watch:
+            r.watched = r.spec.watch
+            d.shared.actions.append(WatchReplica(r.replica_id, r.worker, *r.watched))
 
 
 def note_silence(status: dict[str, Any], silent: Mapping[str, float]) -> dict[str, Any]:

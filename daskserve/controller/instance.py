@@ -493,6 +493,7 @@ class Instance:
                 replica_id=action.replica_id,
                 period_s=action.period_s,
                 timeout_s=action.timeout_s,
+                abandoned_call_timeout_s=action.abandoned_call_timeout_s,
             )
         elif isinstance(action, ReleaseReplica):
             self._launcher.release(action.replica_id)

@@ -6,7 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
+
+#: Period and timeout of health checks, and the timeout of abandoned calls.
+Watch: TypeAlias = tuple[float, float, float | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +65,8 @@ class Spec:
         WebSockets that one replica has open at a time.
     threads
         Sync calls that run at once in a replica.
+    abandoned_call_timeout_s
+        Seconds that a sync call may run on for which nobody waits. None: for ever.
     """
 
     name: str
@@ -88,6 +93,16 @@ class Spec:
     # What is new has a default: it is not in the state files that there are.
     threads: int = 1
     max_websockets: int = 1000
+    abandoned_call_timeout_s: float | None = 600.0
+
+    @property
+    def watch(self) -> Watch:
+        """What the worker is told of how to watch over replicas."""
+        return (
+            self.health_check_period_s,
+            self.health_check_timeout_s,
+            self.abandoned_call_timeout_s,
+        )
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> Self:
@@ -240,8 +255,8 @@ class Replica:
     outgoing: bool = False
     #: Whether its worker leaves, but nobody else would have it.
     lent: bool = False
-    #: Period and timeout of health checks, as its worker was last told.
-    watched: tuple[float, float] = (0.0, 0.0)
+    #: How to watch over it, as its worker was last told.
+    watched: Watch | None = None
     #: How often in a row the ones before it fell ill soon after their start.
     relapses: int = 0
 

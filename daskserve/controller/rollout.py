@@ -286,10 +286,7 @@ def _start(
     replica.host = view.host
     replica.spec = goal.spec
     replica.config_generation = goal.config_generation
-    replica.watched = (
-        goal.spec.health_check_period_s,
-        goal.spec.health_check_timeout_s,
-    )
+    replica.watched = goal.spec.watch
     reason = f"waiting for a free thread on {worker}"
     replica.enter(ReplicaState.STARTING, reason, this.now)
     d.shared.actions.append(

@@ -36,6 +36,8 @@ class ReplicaSpec:
     max_websockets: int = 1000
     #: How many sync calls run at once.
     threads: int = 1
+    #: For how many seconds one may run on that nobody waits for; None: for ever.
+    abandoned_call_timeout_s: float | None = None
 
 
 class Replica:

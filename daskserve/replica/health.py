@@ -5,7 +5,8 @@ middleware. A check goes to the replica's own loop, as requests do, so a loop th
 code blocks does not answer; a sync method that takes long blocks no loop, and its
 replica is busy and not ill: a sync ``check_health`` is made while a thread is idle.
 What is found goes to the controller in one message for all replicas, and comes as often
-as the most frequent of their checks.
+as the most frequent of their checks; and at once, when a call that nobody waits for any
+more keeps a thread busy.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from daskserve.transport.messages import (
     IDLE_PATIENCE_S,
@@ -36,6 +39,8 @@ logger = logging.getLogger(__name__)
 MOST_FAILURES = 3
 #: Reports and checks are no more frequent.
 LEAST_PERIOD_S = 0.1
+#: A call that nobody waits for is hardly worth a word before: most end soon.
+NAMED_AFTER_S = 0.5
 #: A check waits in pieces, and a piece in which this process stood still is only one.
 _PIECE_S = 1.0
 
@@ -44,6 +49,10 @@ _PACKAGE = Path(__file__).parents[1]
 _LIBRARIES = tuple(
     {sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")}
 )
+
+
+#: Whether a replica must be replaced, and what is wrong with it.
+Trouble: TypeAlias = tuple[bool, str]
 
 
 class Checkable(Protocol):
@@ -70,6 +79,14 @@ class Checkable(Protocol):
     def thread_ids(self) -> list[int | None]:
         """Return its loop's thread, and that of a sync check if one runs."""
 
+    @property
+    def abandoned(self) -> tuple[float, int] | None:
+        """Since when nobody waits for a sync call that runs on, and on which thread."""
+
+    @property
+    def abandoned_call_timeout_s(self) -> float | None:
+        """For how many seconds that may be; None: for ever."""
+
 
 class _Patient:
     """What is known of one replica."""
@@ -80,7 +97,47 @@ class _Patient:
         self.due = now + runner.rhythm[0]
         self.task: asyncio.Task[None] | None = None
         #: Whether it must be replaced, and what is wrong with it.
-        self.trouble: tuple[bool, str] | None = None
+        self.trouble: Trouble | None = None
+        #: Likewise, of the call that nobody waits for.
+        self.abandoned: Trouble | None = None
+        #: Since when there is one, by the loop's clock and in words.
+        self._since = 0.0, ""
+
+    def all_troubles(self) -> Trouble | None:
+        """Return both in one."""
+        found = [t for t in (self.trouble, self.abandoned) if t is not None]
+        if not found:
+            return None
+        return any(fatal for fatal, _ in found), "; ".join(text for _, text in found)
+
+    def look_for_abandoned(self, now: float) -> float:
+        """See whether a call runs that nobody waits for; return when to look again."""
+        runner, found = self.runner, self.runner.abandoned
+        if found is None:
+            self.abandoned = None
+            return math.inf
+        since, thread = found
+        limit_s = runner.abandoned_call_timeout_s
+        where = _where_blocked([thread])
+        at = f": it is at {where}" if where else ""
+        if limit_s is not None and now - since >= limit_s:
+            text = (
+                f"a call that nobody waits for has run on for {limit_s:g} s "
+                f"(abandoned_call_timeout_s){at}"
+            )
+            if self.abandoned is None or not self.abandoned[0]:
+                logger.warning("Replica %s is to be replaced: %s", runner.tag, text)
+            self.abandoned = True, text
+            return math.inf
+        if now - since < NAMED_AFTER_S:
+            self.abandoned = None
+            return since + NAMED_AFTER_S
+        if self._since[0] != since:  # written down once, for clocks do not agree
+            began = datetime.now().astimezone() - timedelta(seconds=now - since)
+            self._since = since, began.isoformat(" ", "seconds")
+        text = f"busy since {self._since[1]} with a call that nobody waits for{at}"
+        self.abandoned = False, text
+        return math.inf if limit_s is None else since + limit_s
 
 
 class HealthMonitor:
@@ -101,9 +158,12 @@ class HealthMonitor:
         self._send = send
         self._patients: dict[int, _Patient] = {}
         self._wake = asyncio.Event()
+        #: What was said last, and when it is to be said again.
+        self._reported: dict[str, Any] = {}
+        self._report_at = 0.0
 
     def wake(self) -> None:
-        """Look at what replicas there are, for another one has come."""
+        """Look at the replicas: there is another one, or one is no longer as it was."""
         self._wake.set()
 
     async def run(self) -> None:
@@ -112,18 +172,30 @@ class HealthMonitor:
         while True:
             self._wake.clear()
             try:
-                period_s = self._look(loop.time())
-                self._send(self._report(period_s))
+                again_at = self._look_and_report(loop.time())
             except Exception:  # it may have been a replica that is just ending
                 logger.exception("The health checks failed")
-                period_s = 1.0
+                again_at = loop.time() + 1.0
             await asyncio.sleep(LEAST_PERIOD_S)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(period_s - LEAST_PERIOD_S):
+                async with asyncio.timeout_at(again_at):
                     await self._wake.wait()
 
-    def _look(self, now: float) -> float:
-        """Begin the checks that are due; return when to look again."""
+    def _look_and_report(self, now: float) -> float:
+        """Look, and say so if it is time or news; return when to look again."""
+        period_s = self._begin_checks(now)
+        news_at = min(
+            (p.look_for_abandoned(now) for p in self._patients.values()),
+            default=math.inf,
+        )
+        report = self._report(period_s)
+        if report != self._reported or now + LEAST_PERIOD_S / 2 >= self._report_at:
+            self._send(report)
+            self._reported, self._report_at = report, now + period_s
+        return min(news_at, self._report_at)
+
+    def _begin_checks(self, now: float) -> float:
+        """Begin the checks that are due; return the period of the most frequent."""
         runners = dict(self._runners)
         for replica_id in self._patients.keys() - runners.keys():
             self._drop(replica_id)
@@ -153,9 +225,9 @@ class HealthMonitor:
             "period_s": period_s,
             "patience_s": max(LEAST_PATIENCE_S, min(sums, default=IDLE_PATIENCE_S)),
             "troubles": [
-                (replica_id, *patient.trouble)
+                (replica_id, *trouble)
                 for replica_id, patient in self._patients.items()
-                if patient.trouble is not None
+                if (trouble := patient.all_troubles()) is not None
             ],
         }
 
@@ -169,7 +241,7 @@ class HealthMonitor:
             patient.trouble = trouble
             self._wake.set()
 
-    async def _examine(self, patient: _Patient) -> tuple[bool, str] | None:
+    async def _examine(self, patient: _Patient) -> Trouble | None:
         runner, timeout_s = patient.runner, patient.runner.rhythm[1]
         begun: list[bool] = []
         try:

@@ -122,7 +122,7 @@ class Runner:
     window_bytes
         How much of one body may be on its way.
     busy_changed
-        Called on the replica's loop when `busy` is to be looked at.
+        Called on the replica's loop when `abandoned` is another.
     """
 
     def __init__(
@@ -136,6 +136,8 @@ class Runner:
         self.spec = spec
         #: Seconds between two health checks, and seconds that one may take.
         self.rhythm = spec.health_check_period_s, spec.health_check_timeout_s
+        #: For how many seconds a call may run on that nobody waits for; None: for ever.
+        self.abandoned_call_timeout_s = spec.abandoned_call_timeout_s
         self._window_bytes = window_bytes
         self._report = report
         self.session = session
@@ -239,6 +241,11 @@ class Runner:
     def thread_ids(self) -> list[int | None]:
         """Return the threads where a check may be kept: the loop's, and its own."""
         return [self._thread.ident, self._servable.checking]
+
+    @property
+    def abandoned(self) -> tuple[float, int] | None:
+        """Since when nobody waits for a sync call that runs on, and on which thread."""
+        return self._servable.abandoned
 
     def stop(self, grace_s: float, poll_s: float) -> None:
         """Take no more, let what runs finish, run the shutdown hooks, report."""

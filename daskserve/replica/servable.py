@@ -120,8 +120,16 @@ class Servable:
     @property
     def deserted_since(self) -> float | None:
         """Since when there has been one of these, on the loop's clock; any thread."""
+        found = self.abandoned
+        return None if found is None else found[0]
+
+    @property
+    def abandoned(self) -> tuple[float, int] | None:
+        """That, and on which thread the first of them is; any thread."""
         job = self._threads.oldest_deserted
-        return None if job is None else job.deserted_at
+        if job is None or job.deserted_at is None:
+            return None
+        return job.deserted_at, job.thread
 
     # Life.
 
