@@ -1457,6 +1457,119 @@ def test_head(site: Site, where: str) -> None:
                 assert body == b"page"
 
 
+EVIL = "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nEVIL"
+
+
+async def say(request: Request) -> Response:
+    """Answer as asked, and with a body whatever the status."""
+    query = request.query_params
+    length = {"content-length": str(len(EVIL))}
+    if "stream" in query:
+        parts = iter([EVIL[:7], EVIL[7:], ""])
+        return StreamingResponse(parts, int(query["status"]), length)
+    return Response(EVIL, int(query["status"]), length)
+
+
+@contextmanager
+def keep_alive(url: str, verify: Any = True) -> Iterator[http.client.HTTPConnection]:
+    """Give a connection for several requests, that reads no more than is announced."""
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    if parts.scheme == "https":
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+            parts.hostname, parts.port, timeout=10, context=verify
+        )
+    else:
+        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=10)
+    with contextlib.closing(connection):
+        yield connection
+
+
+def check_no_bodies(url: str, verify: Any = True) -> None:
+    """Check responses of `say` that have no body, and what comes behind them."""
+    path = urlsplit(url).path
+    with keep_alive(url, verify) as connection:
+
+        def ask(method: str, query: str) -> tuple[int, str | None, bytes]:
+            connection.request(method, f"{path}?status={query}")
+            response = connection.getresponse()
+            length = response.getheader("content-length")
+            return response.status, length, response.read()
+
+        whole = (200, str(len(EVIL)), EVIL.encode())
+        for query in ("", "&stream"):
+            for _ in range(2):
+                assert ask("GET", f"204{query}") == (204, None, b"")
+                assert ask("GET", f"200{query}") == whole
+                assert ask("GET", f"304{query}")[::2] == (304, b"")
+                assert ask("HEAD", f"200{query}") == (*whole[:2], b"")
+                assert ask("HEAD", f"204{query}") == (204, None, b"")
+                assert ask("GET", f"200{query}") == whole
+            for status in (100, 101, 103, 199):
+                assert ask("GET", f"{status}{query}")[0] == 500
+                assert ask("GET", f"200{query}") == whole
+
+
+@near_and_far
+@pytest.mark.parametrize("middlewares", [False, True])
+def test_no_body_where_none_may_be(
+    start: Callable[..., Site], where: str, middlewares: bool
+) -> None:
+    cors = Middleware(CORSMiddleware, allow_origins=["*"])
+    site = start(middlewares=[cors] if middlewares else [])
+    url = site.at(site.deploy(say, where=where))
+    check_no_bodies(url)
+    with keep_alive(url) as connection:  # what a cache is told of what it has
+        connection.request("GET", f"{urlsplit(url).path}?status=304")
+        assert connection.getresponse().getheader("content-length") == str(len(EVIL))
+
+
+@pytest.mark.parametrize("status", [101, 204, 304])
+def test_middleware_whose_response_may_have_no_body(
+    start: Callable[..., Site], status: int
+) -> None:
+    class Answer:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            app = self.app
+            if scope["path"] == "/mine":
+                length = {"content-length": str(len(EVIL))}
+                app = Response(EVIL, status, length)
+            await app(scope, receive, send)
+
+    site = start(middlewares=[Middleware(Answer)])
+    with keep_alive(site.url) as connection:
+        for path, expected in [("/mine", status), ("/-/healthz", 200)] * 2:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            assert response.status == (500 if expected == 101 else expected)
+            assert EVIL.encode() not in response.read()
+
+
+def test_endless_stream_for_a_head(site: Site, notes: Notes) -> None:
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            start = {"type": "http.response.start", "status": 200, "headers": []}
+            await send(start)
+            try:
+                while True:
+                    part = {"type": "http.response.body", "body": b"x"}
+                    await send({**part, "more_body": True})
+            finally:
+                notes.add("ended")
+
+    @serve.ingress(endless)
+    class Endless: ...
+
+    url = site.at(site.deploy(Endless))
+    with send_request(url, "HEAD") as sock:
+        assert read_head(sock).endswith(b"\r\n\r\n")
+        assert "ended" not in notes.read()
+    notes.wait("ended")  # as its client has gone
+
+
 # Headers.
 
 

@@ -29,8 +29,6 @@ EXACT_TIMEOUT_S = 10.0
 _FRAMING = frozenset(
     {b"content-length", b"transfer-encoding", b"connection", b"upgrade"}
 )
-#: These responses have no body, whatever their head says.
-_NO_BODY = frozenset({204, 304})
 
 
 class Express:
@@ -194,8 +192,7 @@ class ExpressRequest:
         """Write a response; False if that is better left to uvicorn."""
         _, _, status, headers, body = message
         lines = _lines(headers, len(body))
-        head_only = self.forwarding.head[0] == "HEAD"
-        if lines is None or ((status in _NO_BODY or head_only) and body):
+        if lines is None:
             return False
         self._write(status, lines, body)
         return True

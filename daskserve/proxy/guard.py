@@ -15,11 +15,10 @@ from http import HTTPStatus
 from typing import Any
 
 from httptools import HttpParserError, HttpRequestParser
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from daskserve.config import HTTPOptions
 from daskserve.proxy.express import Express
-from daskserve.proxy.http_protocol import HttpProtocol
+from daskserve.proxy.http_protocol import Cycle, HttpProtocol
 from daskserve.proxy.request import FULL_KEY
 
 logger = logging.getLogger(__name__)
@@ -284,7 +283,7 @@ class GuardedProtocol(HttpProtocol):
 
     # Parts.
 
-    def _new_cycle(self, scope: Any, keep_alive: bool) -> RequestResponseCycle:
+    def _new_cycle(self, scope: Any, keep_alive: bool) -> Cycle:
         cycle = super()._new_cycle(scope, keep_alive)
         cycle.transport = self._gently_closed  # type: ignore[assignment]
         return cycle

@@ -28,6 +28,42 @@ ASGI_VERSIONS = {"version": "3.0", "spec_version": "2.3"}
 UNWATCHED_PAUSE_S = 0.5
 
 
+#: These responses have no body, whatever their head says (RFC 9110, 6.4.1).
+NO_BODY = frozenset({204, 304})
+
+
+class Cycle(RequestResponseCycle):
+    """uvicorn's, without bodies where none may be: the next response would begin there.
+
+    Replicas send none; this is for the middlewares of the instance.
+    """
+
+    _bodiless = False
+
+    async def send(self, message: Any) -> None:
+        """ASGI ``send``."""
+        if message["type"] == "http.response.start":
+            status = message["status"]
+            if status < 200:
+                raise RuntimeError(f"Invalid HTTP status {status} in the response.")
+            if status in NO_BODY and not self.response_started:
+                self._bodiless = True
+                lines = message.get("headers", ())
+                headers = [line for line in lines if _fits(status, line)]
+                start: Any = {**message, "headers": headers}
+                await super().send(start)
+                self.expected_content_length = 0  # of a 304, it is of what is not sent
+                return
+        elif self._bodiless and message.get("body"):
+            message = {**message, "body": b""}
+        await super().send(message)
+
+
+def _fits(status: int, line: tuple[bytes, bytes]) -> bool:
+    name = line[0].lower()
+    return name != b"transfer-encoding" and (status, name) != (204, b"content-length")
+
+
 class HttpProtocol(HttpToolsProtocol):
     """One connection of a client.
 
@@ -160,8 +196,8 @@ class HttpProtocol(HttpToolsProtocol):
             cycle.message_event.set()
         self._start_asgi_task(cycle, app)
 
-    def _new_cycle(self, scope: Any, keep_alive: bool) -> RequestResponseCycle:
-        return RequestResponseCycle(
+    def _new_cycle(self, scope: Any, keep_alive: bool) -> Cycle:
+        return Cycle(
             scope=scope,
             transport=self.transport,
             flow=self.flow,

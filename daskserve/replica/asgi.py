@@ -30,6 +30,9 @@ from daskserve.transport.messages import (
 _NOT_IN_NAME = re.compile(rb'[\x00-\x1f\x7f()<>@,;:\[\]={} \t\\"]')
 _NOT_IN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
+_NOT_IN_204 = frozenset({b"content-length", b"transfer-encoding"})
+_NOT_IN_304 = frozenset({b"transfer-encoding"})
+
 #: How many names of headers are kept that were looked at: apps use few.
 MAX_NAMES = 1000
 _good_names: dict[bytes, bytes] = {}
@@ -40,6 +43,9 @@ _good_lines: dict[tuple[bytes, bytes], tuple[bytes, bytes]] = {}
 #: As uvicorn's, for the same events are sent.
 ASGI_VERSIONS = {"version": "3.0", "spec_version": "2.3"}
 
+
+#: Responses that have no body, whatever their head says (RFC 9110, 6.4.1).
+NO_BODY = frozenset({204, 304})
 
 #: How many events are dropped before others have a turn.
 DROPPED_AT_ONCE = 100
@@ -89,9 +95,9 @@ class HttpExchange:
         The replica's.
     """
 
-    __slots__ = ("_body", "_changed", "_charged", "_dropped", "_held", "_left",
-                 "_max_chunk", "_more_body", "_on_the_way", "_start", "_starts",
-                 "_window", "admitted", "began", "disconnected", "entered",
+    __slots__ = ("_body", "_changed", "_charged", "_bodiless", "_dropped", "_held",
+                 "_left", "_max_chunk", "_more_body", "_on_the_way", "_start",
+                 "_starts", "_window", "admitted", "began", "disconnected", "entered",
                  "exchange_id", "head",
                  "reply_to", "response_complete", "response_started",
                  "task")  # fmt: skip
@@ -124,6 +130,8 @@ class HttpExchange:
         self._start: tuple[int, Headers] | None = None
         #: How much of the body that the head announced is still to come.
         self._left: int | None = None
+        #: No body follows the head, whatever the app gives.
+        self._bodiless = False
         self._held: tuple[int, Headers, bytes] | None = None
         held = self.head.window_bytes
         self._window = window = held if held < window_bytes else window_bytes
@@ -181,24 +189,25 @@ class HttpExchange:
         """ASGI ``send``."""
         kind = event["type"]
         if self.disconnected:
-            # Dropped. An app that waits for something is cancelled there, where it
-            # cleans up; one that only sends, and without end, is cancelled here.
-            self._dropped += 1
-            if self._dropped % DROPPED_AT_ONCE == 0:
-                await asyncio.sleep(0)
-            return
+            return await self._drop()
         if self.response_complete:
             raise RuntimeError(f"Unexpected {kind!r} after the response was complete.")
         if kind == "http.response.start":
             if self._start is not None:
                 raise RuntimeError("Unexpected second 'http.response.start'.")
             status, headers, self._left = read_start(event, self.head.method)
+            self._bodiless = status in NO_BODY or self.head.method == "HEAD"
             self._start = (status, headers)
             self._starts.add(self)
         elif kind == "http.response.body":
             if self._start is None:
                 raise RuntimeError("Expected 'http.response.start' before the body.")
             body, more_body = event.get("body", b""), event.get("more_body", False)
+            if self._bodiless:
+                # It would be read as the next response on the client's connection.
+                if more_body:
+                    return await self._drop()
+                body = b""
             if (
                 more_body
                 or self.response_started
@@ -239,6 +248,16 @@ class HttpExchange:
             self.respond(status, headers, body)
         if self._changed is not None:
             self._changed.set()
+
+    async def _drop(self) -> None:
+        """Let others have a turn now and then.
+
+        An app that waits for something is cancelled there, where it cleans up; one
+        that only sends, and without end, is cancelled here.
+        """
+        self._dropped += 1
+        if self._dropped % DROPPED_AT_ONCE == 0:
+            await asyncio.sleep(0)
 
     async def _send_body(self, body: bytes, more_body: bool) -> None:
         if self._count(len(body)) and not more_body:
@@ -299,7 +318,7 @@ def read_start(event: Message, method: str) -> tuple[int, Headers, int | None]:
     -------
     tuple
         Status, headers with small names, and how long the body has to be; None if that
-        is left open.
+        is left open. A 204 has no length.
 
     Raises
     ------
@@ -308,8 +327,11 @@ def read_start(event: Message, method: str) -> tuple[int, Headers, int | None]:
         the client anything.
     """
     status = event["status"]
-    if not isinstance(status, int) or not 100 <= status <= 599:
-        raise RuntimeError(f"Invalid HTTP status {status!r} in the response.")
+    if not isinstance(status, int) or not 200 <= status <= 599:
+        raise RuntimeError(
+            f"Invalid HTTP status {status!r} in the response; expected 200 to 599, as "
+            f"others do not end an exchange."
+        )
     headers = []
     length: bytes | None = None
     chunked: bool | None = None
@@ -336,10 +358,13 @@ def read_start(event: Message, method: str) -> tuple[int, Headers, int | None]:
             if len(_good_lines) < MAX_NAMES:
                 _good_lines[line] = low, value
         headers.append((low, value))
-    if method == "HEAD" or status in (204, 304) or chunked or length is None:
-        return status, headers, None  # no body follows, or one that says its length
-    if not length.strip().isdigit():
+    if length is not None and not length.strip().isdigit():
         raise RuntimeError(f"Invalid content-length {length!r} in the response.")
+    if status in NO_BODY:  # a 304 may say how long the body is that the client has
+        hidden = _NOT_IN_204 if status == 204 else _NOT_IN_304
+        return status, [line for line in headers if line[0] not in hidden], None
+    if method == "HEAD" or chunked or length is None:
+        return status, headers, None  # no body follows, or one that says its length
     return status, headers, int(length)
 
 

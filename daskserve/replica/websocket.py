@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.types import Message, Scope
 
+from daskserve.replica.asgi import NO_BODY, read_start
 from daskserve.transport.channel import ReplyTo
 from daskserve.transport.messages import GRANT, PUSH, Head
 
@@ -58,6 +59,8 @@ class WebSocketExchange:
         self.disconnected = False
         self._events: deque[Message] = deque([{"type": "websocket.connect"}])
         self._sent = ""
+        #: The refusal's body is dropped, as its status has none.
+        self._bodiless = False
         self._window = min(window_bytes, self.head.window_bytes)
         self._on_the_way = 0
         self._changed = asyncio.Event()
@@ -130,7 +133,7 @@ class WebSocketExchange:
             self._changed.clear()
             await self._changed.wait()
         refused = kind == "websocket.close" and not self._sent
-        plain = {"type": kind} if refused else _plain(event)
+        plain = {"type": kind} if refused else self._plain(event)
         self._sent = kind
         self._on_the_way += event_bytes(plain)
         self.reply_to.send((PUSH, self.exchange_id, plain))
@@ -138,6 +141,15 @@ class WebSocketExchange:
             self.disconnect()
         elif kind == "websocket.close":
             self.disconnect(event.get("code", 1000), event.get("reason") or "")
+
+    def _plain(self, event: Message) -> Message:
+        plain = _plain(event)
+        if plain["type"] == "websocket.http.response.start":
+            status, plain["headers"], _ = read_start(event, "GET")
+            self._bodiless = status in NO_BODY
+        elif self._bodiless and "body" in plain:
+            plain["body"] = b""
+        return plain
 
 
 def event_bytes(event: Message) -> int:
