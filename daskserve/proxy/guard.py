@@ -111,9 +111,13 @@ class GuardedProtocol(HttpProtocol):
         self._head_since: float | None = None
         #: Since when the next request is awaited; or was, if it is being answered.
         self.idle_since = self.loop.time()
-        #: No less than the size of the head until now.
-        self._head_bytes = 0
-        self._last_data = b""
+        #: What is being parsed; a part of it is left when an upgrade is not heeded.
+        self._data: bytes | memoryview = b""
+        self._rest: memoryview | None = None
+        #: Size of the read in which the head began: no less than its part of it.
+        self._first_bytes = 0
+        #: A WebSocket's handshake waits until the requests before it are answered.
+        self._handshake_waits = False
         #: Since when, and from which size on, a response waits to be taken.
         self._unsent: tuple[float, int] | None = None
         self._linger_until: float | None = None
@@ -142,20 +146,27 @@ class GuardedProtocol(HttpProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what the client sent."""
-        if self._linger_until is not None:
+        if self._linger_until is not None or self._handshake_waits:
             return
-        self._last_data = data
-        self._head_bytes += len(data)
+        self._data = data
+        self._overhead += len(data)
         super().data_received(data)
-        self._last_data = b""
-        if self._head_since is not None:
-            if self._head_bytes > self._guard.max_header_bytes:
+        while self._rest is not None:
+            self._data, self._rest = self._rest, None
+            super().data_received(self._data)  # type: ignore[arg-type]
+        self._data = b""
+        # Of the read in which a head begins or ends, none of it is counted: others
+        # may stand before it, many of them.
+        if self._overhead > self._guard.max_header_bytes:
+            if self._linger_until is None and not self.transport.is_closing():
                 self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        elif self._overhead < 0:
+            self._overhead = 0
 
     def on_message_begin(self) -> None:
         """Start the clock of a request's head."""
         super().on_message_begin()
-        self._head_bytes = len(self._last_data)
+        self._first_bytes = len(self._data)
         if self._head_since is None:
             self._head_since = self.loop.time()
 
@@ -167,6 +178,8 @@ class GuardedProtocol(HttpProtocol):
             self._unsent = None
         self._check_head()
         super().on_headers_complete()
+        if self._websocket:
+            self._check_handshake()
         if self._full:
             self.scope[FULL_KEY] = True  # type: ignore[literal-required]
             self._keep_alive = False
@@ -177,14 +190,9 @@ class GuardedProtocol(HttpProtocol):
 
     def on_message_complete(self) -> None:
         """Note that the body is there."""
-        if not self.parser.should_upgrade() or self._should_upgrade():
+        if not self._other_protocol:
             super().on_message_complete()
-        # Else the parser takes what follows for another protocol, see `_read_on`.
-
-    def _unsupported_upgrade_warning(self) -> None:
-        error = sys.exception()
-        assert error is not None
-        self._read_on(self._last_data[error.args[0] :])
+        # Else the parser stops, see `_go_on_without`.
 
     def on_response_complete(self) -> None:
         """Wait for the next request; uvicorn's would set a timer for that."""
@@ -196,13 +204,21 @@ class GuardedProtocol(HttpProtocol):
             if self.flow.read_paused:
                 self.flow.resume_reading()
             if self.pipeline:
+                if not self.flow.write_paused:  # what waits will grow
+                    self._unsent = None
                 self._start_asgi_task(*self.pipeline.pop())
+            elif self._handshake_waits:
+                self._handshake_waits = False
+                return self.handle_websocket_upgrade()
         if not self._responding() and self._linger_until is None:
             self._guard.idle[self] = None
 
     def handle_websocket_upgrade(self) -> None:
-        """Hand the connection to the WebSocket protocol."""
-        if self._full:
+        """Hand the connection to the WebSocket protocol, when it is its turn."""
+        if self._responding():
+            self._handshake_waits = True
+            self.flow.pause_reading()
+        elif self._full:
             self._write_refusal(HTTPStatus.SERVICE_UNAVAILABLE, "Too many connections.")
         else:
             self._leave()
@@ -220,6 +236,7 @@ class GuardedProtocol(HttpProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer a request that cannot be understood, in place of any other answer."""
+        answered = self._in_body and not self._pending and not self._responding()
         self._pending = False
         status, text = self._verdict or (HTTPStatus.BAD_REQUEST, msg)
         error = sys.exception()
@@ -227,7 +244,9 @@ class GuardedProtocol(HttpProtocol):
         reason = str(error) if type(error) is HttpParserError else type(error).__name__
         why = reason if self._verdict is None else text
         logger.info("Refused a request from %s: %d, %s", self._peer, status, why)
-        if self.pipeline or (self._responding() and self.cycle.response_started):
+        if answered:  # another answer would be taken for that of the next request
+            self.linger()
+        elif self.pipeline or (self._responding() and self.cycle.response_started):
             self.transport.abort()  # it would be read as a part of another response
         else:
             self._write_refusal(status, text)
@@ -288,7 +307,7 @@ class GuardedProtocol(HttpProtocol):
         cycle.transport = self._gently_closed  # type: ignore[assignment]
         return cycle
 
-    def _read_on(self, rest: bytes) -> None:
+    def _go_on_without(self, data: bytes, end: int) -> None:
         """Go on as if no upgrade had been asked for (RFC 9110, 7.8, allows that).
 
         The parser has stopped after the head. Java's client asks for ``h2c`` with
@@ -299,9 +318,10 @@ class GuardedProtocol(HttpProtocol):
             for header in self.headers
             if header[0] in (b"content-length", b"transfer-encoding")
         ]
+        self._other_protocol = False
         self.parser = HttpRequestParser(_AfterUpgrade(self))
         self.parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % b"".join(framing))
-        self.data_received(rest)
+        self._rest = memoryview(data)[end:]
 
     def _responding(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
@@ -313,7 +333,7 @@ class GuardedProtocol(HttpProtocol):
     def _check_head(self) -> None:
         """Raise, which makes the parser stop, if the head is not to be accepted."""
         limit = self._guard.max_header_bytes
-        if self._head_bytes > limit:
+        if self._first_bytes + self._overhead > limit:
             parts = (len(name) + len(value) + 4 for name, value in self.headers)
             if len(self.url) + sum(parts) > limit:
                 self._verdict = _verdict(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
@@ -323,9 +343,23 @@ class GuardedProtocol(HttpProtocol):
         if self._verdict is not None:
             raise ValueError(self._verdict[1])
 
+    def _check_handshake(self) -> None:
+        """Raise if a WebSocket's handshake has, or may have, a body."""
+        for name, value in self.headers:
+            if name == b"transfer-encoding" or (
+                name == b"content-length" and value.strip() != b"0"
+            ):
+                text = "A WebSocket's handshake has no body."
+                self._verdict = (HTTPStatus.BAD_REQUEST, text)
+        if (self.scope["method"], self.scope["http_version"]) != ("GET", "1.1"):
+            text = "A WebSocket's handshake is a GET of HTTP/1.1."
+            self._verdict = (HTTPStatus.BAD_REQUEST, text)
+        if self._verdict is not None:
+            raise ValueError(self._verdict[1])
+
     def _refuse(self, status: HTTPStatus) -> None:
-        """Refuse a request whose head is not complete."""
-        if status == HTTPStatus.REQUEST_TIMEOUT and self._head_bytes == 0:
+        """Refuse a request whose head, or what stands beside its body, is too much."""
+        if status == HTTPStatus.REQUEST_TIMEOUT and not self._first_bytes:
             self.transport.abort()  # nothing was asked
             return
         self._head_since = None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import (
     WebSocketsSansIOProtocol,
 )
+from websockets.datastructures import Headers
+from websockets.http11 import Request
 
 #: How long a client that does not answer, or was said goodbye to, may take to read
 #: what was sent to it.
@@ -23,14 +26,24 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     _deadline: asyncio.TimerHandle | None = None
 
-    def data_received(self, data: bytes) -> None:
-        """Parse, and answer a handshake that cannot be: uvicorn leaves it waiting."""
-        super().data_received(data)
-        if self.conn.handshake_exc is not None and not self.handshake_initiated:
-            self.handshake_initiated = self.handshake_complete = self.close_sent = True
-            # websockets takes lines up to 8 KiB; what it says of others is here.
-            self.transport.write(b"".join(self.conn.data_to_send()))
-            self.transport.close()
+    def begin(self, scope: Any) -> None:
+        """Begin with the handshake in a request's scope.
+
+        It is no larger than any head may be. websockets' own parser has lower limits,
+        and says nothing when they are passed; so it gets a smaller one.
+        """
+        self.conn.receive_data(b"GET / HTTP/1.1\r\n\r\n")
+        self.conn.events_received()
+        target = scope["raw_path"] + b"?" + scope["query_string"]
+        headers = Headers(
+            (name.decode("ascii"), value.decode("ascii", "backslashreplace"))
+            for name, value in scope["headers"]
+        )
+        self.handle_connect(Request(target.decode("ascii"), headers))
+        if self.close_sent:  # refused
+            self._abort_soon()
+        else:
+            self.scope["headers"] = scope["headers"]
 
     def keepalive_timeout(self) -> None:
         """Close, in a while by force."""
