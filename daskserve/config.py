@@ -411,7 +411,8 @@ class HTTPOptions(_Options):
         ``X-Forwarded-For``, ``-Proto`` and ``-Prefix``; as in ``["10.0.0.0/8"]``. Who
         may connect to a Unix socket always is.
     middlewares
-        `starlette.middleware.Middleware` around everything, outermost first.
+        `starlette.middleware.Middleware` around everything, outermost first. They see
+        requests without `token` too, but not the bodies of these.
     request_timeout_s
         Seconds until a response must have started; None for no limit.
     keep_alive_timeout_s
@@ -422,7 +423,8 @@ class HTTPOptions(_Options):
     header_timeout_s
         Seconds that a client may take to send a request's head.
     max_header_bytes
-        Larger heads, request line included, are refused.
+        Larger heads, request line included, are refused; and what stands beside a
+        body, such as trailers, which are dropped, if it is more.
     stall_timeout_s
         Seconds for which a client may send nothing of the body that it announced, or
         take next to nothing of a response that waits for it, before it is cut off.

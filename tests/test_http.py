@@ -1887,10 +1887,77 @@ def test_token(start: Callable[..., Site]) -> None:
         assert httpx.get(site.url + "/-/healthz", headers=headers).text == "success"
     with httpx.Client(headers={"authorization": "Bearer open-sesame"}) as client:
         assert [client.get(url).status_code for url in paths] == [200, 200, 404]
+    for scheme in ("bearer", "BEARER"):
+        headers = [(b"authorization", f"{scheme} open-sesame".encode())]
+        assert httpx.get(paths[0], headers=headers).text == "inside"
+        headers = [(b"authorization", f"{scheme} Open-sesame".encode())]
+        assert httpx.get(paths[0], headers=headers).status_code == 401
     # No other path can be had under the name of the one that is open.
     forwarded = {"X-Forwarded-Prefix": "/-"}
     assert httpx.get(site.url + "/-/healthz", headers=forwarded).status_code == 401
     assert "open-sesame" not in site.cluster.logs()
+
+
+def test_token_with_middlewares(start: Callable[..., Site], notes: Notes) -> None:
+    class Read:
+        """Look at the body, as middlewares do that check signatures."""
+
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] == "http":
+                events = [await receive()]
+                notes.add(f"{scope['method']} {events}")
+
+                async def again() -> Any:
+                    return events.pop() if events else await receive()
+
+                return await self.app(scope, again, send)
+            await self.app(scope, receive, send)
+
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=["https://app"],
+        allow_methods=["*"],
+        allow_headers=["*"],
+    )
+    site = start(token="t", middlewares=[cors, Middleware(Read)])
+
+    def inside(request: Request) -> str:
+        notes.add("inside")
+        return "inside"
+
+    url = site.at(site.deploy(inside))
+    origin = {"origin": "https://app"}
+    ask = {"access-control-request-method": "PUT"}
+    asked = {**ask, "access-control-request-headers": "authorization"}
+    preflight = httpx.options(url, headers={**origin, **asked})
+    assert preflight.status_code == 200
+    allowed = preflight.headers["access-control-allow-headers"]
+    assert "authorization" in allowed.lower() and "x-request-id" in preflight.headers
+    for path in (url, f"{site.url}/-/routes", f"{site.url}/nowhere"):
+        refused = httpx.post(path, headers=origin, content=b"secret")
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == "https://app"
+        assert refused.headers["www-authenticate"] == "Bearer"
+    # A body that is announced is not asked for.
+    with send_request(
+        url, "POST", "Content-Length: 9\r\nExpect: 100-continue\r\n"
+    ) as s:
+        assert read_head(s).startswith(b"HTTP/1.1 401 ")
+    assert "inside" not in notes.read() and "secret" not in "".join(notes.read())
+    token = {"authorization": "bearer t"}
+    answer = httpx.get(url, headers={**origin, **token})
+    assert answer.text == "inside"
+    assert answer.headers["access-control-allow-origin"] == "https://app"
+    upgrade = (
+        "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    )
+    key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    with send_request(url, headers=upgrade + key) as sock:
+        assert read_all(sock).startswith(b"HTTP/1.1 401 ")
+    assert notes.read().count("inside") == 1
 
 
 def test_unix_socket(start: Callable[..., Site], tmp_path: Path) -> None:

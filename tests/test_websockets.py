@@ -466,16 +466,43 @@ def test_an_app_that_never_receives_stops_the_client(site: Site, where: str) -> 
         poll(lambda: handle.count.remote().result(timeout_s=5) >= whole)
 
 
-def test_a_handshake_that_websockets_does_not_take(site: Site) -> None:
-    address = urlsplit(site.url)
+def test_a_handshake_larger_than_websockets_takes(site: Site) -> None:
+    cookie = {"Cookie": "c" * 9000}
+
+    async def talk(url: str) -> None:
+        async with websockets.connect(url, additional_headers=cookie) as socket:
+            await socket.send("hello")
+            assert await socket.recv() == "hello"
+
+    run(site, site.at(site.deploy(Sockets), "/echo"), talk)
+
+
+@near_and_far
+@pytest.mark.parametrize(
+    ("status", "expected"), [(101, 500), (199, 500), (204, 204), (304, 304)]
+)
+def test_a_refusal_has_no_body_where_none_may_be(
+    site: Site, where: str, status: int, expected: int
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            start = {"type": "websocket.http.response.start", "status": status}
+            await send({**start, "headers": []})
+            await send({"type": "websocket.http.response.body", "body": b"EVIL"})
+
+    @serve.ingress(app)
+    class Refusing: ...
+
+    address = urlsplit(site.at(site.deploy(Refusing, where=where)))
     handshake = (
-        b"GET /x HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-        b"X-Long: %s\r\n\r\n" % (b"a" * 8192)
+        f"GET {address.path} HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n"
+        f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        f"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
     )
     with socket.create_connection((address.hostname, address.port), 10) as sock:
-        sock.sendall(handshake)
+        sock.sendall(handshake.encode())
         answer = b""
         while part := sock.recv(1000):
             answer += part
-    assert answer == b"" or answer.startswith(b"HTTP/1.1 431 ")
+    assert answer.startswith(b"HTTP/1.1 %d " % expected)
+    assert b"EVIL" not in answer

@@ -18,12 +18,36 @@ from daskserve.proxy.websocket import refuse
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("daskserve.access")
 
+_BEARER = b"Bearer "
+
 
 def wrap(app: ASGIApp, options: HTTPOptions) -> Front:
     """Put the instance's middlewares, and around them a `Front`, around `app`."""
+    if options.token is not None:
+        app = _Gate(app)
     for middleware in reversed(options.middlewares):
         app = middleware.cls(app, *middleware.args, **middleware.kwargs)
     return Front(app, options)
+
+
+class _Gate:
+    """Lets nobody in who has no token; the middlewares are around it.
+
+    So a browser's preflight, which never has the token, is answered by the CORS
+    middleware, and a page can read a 401.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        info: RequestInfo = scope[SCOPE_KEY]
+        if info.authorized:
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await refuse(send, 401, "Unauthorized")
+        else:
+            await respond(send, 401, "Unauthorized", (b"www-authenticate", b"Bearer"))
 
 
 class Front:
@@ -41,7 +65,7 @@ class Front:
         self._app = app
         self._token: bytes | None = None
         if options.token is not None:
-            self._token = b"Bearer " + options.token.get_secret_value().encode()
+            self._token = _BEARER + options.token.get_secret_value().encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -70,11 +94,10 @@ class Front:
             info.status = event["status"]  # now that the server has taken it
 
         try:
-            if not self.authorized(scope, info):
-                challenge = (b"www-authenticate", b"Bearer")
-                await respond(send_with_id, 401, "Unauthorized", challenge)
-            else:
-                await self._app(scope, receive, send_with_id)
+            info.authorized = self.authorized(scope, info)
+            if not info.authorized:
+                receive = _unread()
+            await self._app(scope, receive, send_with_id)
         except ClientGoneError:
             info.status = 499
         except CutError as err:
@@ -99,10 +122,8 @@ class Front:
             await send(event)
 
         try:
-            if not self.authorized(scope, info):
-                await refuse(send_with_id, 401, "Unauthorized")
-            else:
-                await self._app(scope, receive, send_with_id)
+            info.authorized = self.authorized(scope, info)
+            await self._app(scope, receive, send_with_id)
         except RequestError as err:
             logger.info("WebSocket %s: %s", info.request_id, err)
             text = str(err) or type(err).__name__
@@ -117,7 +138,22 @@ class Front:
             # another path of it.
             return FORWARDED_PREFIX not in scope
         given = info.headers.get(b"authorization", b"")
+        if given[:7] != _BEARER and given[:7].lower() == b"bearer ":
+            given = _BEARER + given[7:]  # its case does not matter (RFC 9110, 11.1)
         return hmac.compare_digest(given, self._token)
+
+
+def _unread() -> Receive:
+    """Return a ``receive`` for middlewares that gives nothing of a body."""
+    events: list[Message] = [
+        {"type": "http.disconnect"},
+        {"type": "http.request", "body": b"", "more_body": False},
+    ]
+
+    async def receive() -> Message:
+        return events.pop() if len(events) > 1 else events[0]
+
+    return receive
 
 
 def _may_finish(info: RequestInfo) -> bool:

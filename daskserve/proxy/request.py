@@ -40,6 +40,7 @@ class RequestInfo:
 
     __slots__ = (
         "answered",
+        "authorized",
         "body_unread",
         "connection",
         "deployment",
@@ -61,6 +62,8 @@ class RequestInfo:
         self.status = 0
         #: The app has begun a response of its own.
         self.answered = False
+        #: It has the token, if there is one.
+        self.authorized = False
         #: A part of the request's body has not come yet.
         self.body_unread = False
         #: Has an attribute `on_lost`; None for a WebSocket.
