@@ -1,0 +1,227 @@
+"""What one WebSocket can make a server hold, and do; no cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+import time
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_guard import (
+    HANDSHAKE,
+    LAST,
+    ask,
+    certificate,
+    connect,
+    run,
+    tell,
+)
+from tests.utils import poll
+
+__all__ = ["certificate"]  # a fixture
+
+MIB = 2**20
+TEXT, BINARY, CONTINUE, CLOSE, PING, PONG = 0x81, 0x82, 0x80, 0x88, 0x89, 0x8A
+MORE = 0x80  # taken from the first byte: another fragment follows
+COMPRESSED = 0x40
+
+
+def frame(first: int, payload: bytes = b"") -> bytes:
+    """Return a client's frame; its mask changes nothing."""
+    size = len(payload)
+    if size < 126:
+        head = bytes((first, 0x80 | size))
+    elif size < 65536:
+        head = bytes((first, 0x80 | 126)) + size.to_bytes(2, "big")
+    else:
+        head = bytes((first, 0x80 | 127)) + size.to_bytes(8, "big")
+    return head + bytes(4) + payload
+
+
+def squeeze(size: int) -> bytes:
+    packer = zlib.compressobj(wbits=-12)
+    return (packer.compress(bytes(size)) + packer.flush(zlib.Z_SYNC_FLUSH))[:-4]
+
+
+class Open:
+    """An app that accepts, and receives when it may; answers requests as `tell`."""
+
+    def __init__(self, receives: bool = True) -> None:
+        self.gate = threading.Event()
+        if receives:
+            self.gate.set()
+        self.protocols: list[Any] = []
+        self.sizes: list[int] = []
+        self.closed: list[Any] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            return await tell(scope, receive, send)
+        self.protocols.append(receive.__self__)
+        await receive()
+        await send({"type": "websocket.accept"})
+        while True:
+            while not self.gate.is_set():
+                await asyncio.sleep(0.01)
+            event = await receive()
+            if event["type"] == "websocket.disconnect":
+                return self.closed.append(event["code"])
+            self.sizes.append(len(event.get("bytes") or event.get("text") or b""))
+
+    @property
+    def held_bytes(self) -> int:
+        """How much waits for the app, parsed or not."""
+        protocol = self.protocols[0]
+        queued = [event.get("bytes") or b"" for event in list(protocol.queue._queue)]
+        return sum(map(len, queued)) + len(protocol._rest)
+
+
+def open_socket(
+    port: int, certificate: Path | None = None, extensions: bytes = b""
+) -> socket.socket:
+    sock = connect(port, certificate)
+    sock.sendall(HANDSHAKE + extensions + b"\r\n")
+    answer = b""
+    while b"\r\n\r\n" not in answer:
+        assert (part := sock.recv(1000)), answer
+        answer += part
+    assert answer.startswith(b"HTTP/1.1 101 ")
+    return sock
+
+
+DEFLATE = b"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits=12\r\n"
+
+
+def read_close(sock: socket.socket) -> int:
+    """Return the code with which the server closes."""
+    answer = b""
+    with suppress(ConnectionResetError):
+        while part := sock.recv(65536):
+            answer += part
+    at = answer.index(bytes((CLOSE,)))
+    return int.from_bytes(answer[at + 2 : at + 4], "big")
+
+
+def flood(sock: socket.socket, data: bytes, seconds: float) -> threading.Thread:
+    """Send again and again in a thread."""
+
+    def send() -> None:
+        end = time.monotonic() + seconds
+        with suppress(OSError):
+            while time.monotonic() < end:
+                sock.sendall(data)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+def test_compressed_bomb_is_taken_message_by_message(certificate: Path | None) -> None:
+    bomb = frame(BINARY | COMPRESSED, squeeze(16 * MIB))
+    app = Open(receives=False)
+    with (
+        run(app, certificate) as (_, port),
+        open_socket(port, certificate, DEFLATE) as sock,
+    ):
+        thread = flood(sock, bomb * 30, 1)
+        poll(lambda: app.protocols[0].queue.qsize())
+        time.sleep(0.5)
+        assert app.held_bytes < 17 * MIB
+        app.gate.set()
+        poll(lambda: len(app.sizes) >= 10)
+        assert app.held_bytes < 33 * MIB
+        thread.join(10)
+    assert set(app.sizes) == {16 * MIB}
+
+
+def test_message_that_is_too_large(certificate: Path | None) -> None:
+    for data in (
+        frame(BINARY | COMPRESSED, squeeze(17 * MIB)),
+        frame(BINARY, bytes(65536))[:2] + (17 * MIB).to_bytes(8, "big") + bytes(4),
+    ):
+        app = Open()
+        with (
+            run(app, certificate) as (_, port),
+            open_socket(port, certificate, DEFLATE) as sock,
+        ):
+            sock.sendall(data)
+            assert read_close(sock) == 1009
+            poll(lambda app=app: app.closed == [1009])  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("piece", [b"", b"x"])
+def test_tiny_fragments(certificate: Path | None, piece: bytes) -> None:
+    app = Open()
+    with run(app, certificate) as (_, port), open_socket(port, certificate) as sock:
+        for size in (1, 900):  # a few are good
+            parts = [frame(CONTINUE - MORE, piece)] * size
+            sock.sendall(frame(BINARY - MORE) + b"".join(parts) + frame(CONTINUE))
+            poll(lambda: app.sizes)
+            assert app.sizes.pop() == size * len(piece)
+        with suppress(OSError):
+            sock.sendall(frame(TEXT - MORE) + frame(CONTINUE - MORE, piece) * 20_000)
+        assert read_close(sock) == 1008
+        poll(lambda: app.closed == [1008])
+
+
+def test_many_fragments_of_a_large_message(certificate: Path | None) -> None:
+    app = Open()
+    with run(app, certificate) as (_, port), open_socket(port, certificate) as sock:
+        piece = os.urandom(64)
+        parts = frame(BINARY - MORE, piece) + frame(CONTINUE - MORE, piece) * 65_534
+        sock.sendall(parts + frame(CONTINUE, piece))
+        poll(lambda: app.sizes == [4 * MIB], 20)
+
+
+def test_pings_without_reading(certificate: Path | None) -> None:
+    app = Open()
+    with run(app, certificate) as (_, port), open_socket(port, certificate) as sock:
+        thread = flood(sock, frame(PING, b"p" * 125) * 1000, 1.5)
+        thread.join(10)
+        sock.sendall(frame(PING, b"the newest"))
+        buffered = app.protocols[0].transport.get_write_buffer_size()
+        assert buffered < MIB
+        answer = b""
+        while not answer.endswith(b"the newest"):
+            assert (part := sock.recv(65536))
+            answer = answer[-100:] + part
+
+
+@pytest.mark.parametrize(
+    "data",
+    [frame(PING), frame(PONG), frame(BINARY), frame(TEXT - MORE) + frame(CONTINUE)],
+    ids=["pings", "pongs", "messages", "fragments"],
+)
+def test_floods_leave_time_for_others(data: bytes) -> None:
+    app = Open()
+    with run(app) as (_, port):
+        socks = [open_socket(port) for _ in range(3)]
+        threads = [flood(sock, data * 20_000, 2) for sock in socks]
+        took = []
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            began = time.monotonic()
+            assert b" 200 " in ask(port, LAST)
+            took.append(time.monotonic() - began)
+        for sock in socks:
+            sock.close()
+        for thread in threads:
+            thread.join(10)
+    assert sorted(took)[len(took) // 2] < 0.25, took
+
+
+def test_message_of_many_steps_is_whole(certificate: Path | None) -> None:
+    app = Open()
+    with run(app, certificate) as (_, port), open_socket(port, certificate) as sock:
+        sizes = [0, 1, 4095, 4096, 4097, 70_000, 3_000_000, 5]
+        sock.sendall(b"".join(frame(BINARY, bytes(size)) for size in sizes))
+        poll(lambda: app.sizes == sizes)
+        sock.sendall(frame(CLOSE, (1000).to_bytes(2, "big")))
+        assert read_close(sock) == 1000
