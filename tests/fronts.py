@@ -1,4 +1,4 @@
-"""Real servers to put in front of daskserve: nginx, and Jupyter with its proxy."""
+"""Real servers to put in front of daskserve: nginx, haproxy, Jupyter with its proxy."""
 
 from __future__ import annotations
 
@@ -86,6 +86,50 @@ def run_nginx(
     program = need_program("nginx")
     command = [program, "-e", "stderr", "-p", str(directory), "-c", str(config)]
     with _run("nginx", command, directory, port):
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{port}"
+
+
+HAPROXY = """
+global
+    maxconn 200
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 30s
+    timeout server 30s
+    option http-keep-alive
+    http-reuse always
+frontend front
+    bind 127.0.0.1:{port} {tls}
+    http-request del-header X-User
+    default_backend back
+backend back
+    option forwardfor
+    server daskserve {upstream}
+"""
+
+
+@contextmanager
+def run_haproxy(
+    directory: Path, upstream: str, certificate: Path | None = None
+) -> Iterator[str]:
+    """Run haproxy, which uses a connection for many clients; yield its URL.
+
+    Parameters
+    ----------
+    directory
+        For its files.
+    upstream
+        Host and port.
+    certificate
+        PEM file with certificate and key, for https.
+    """
+    port = free_port()
+    tls = "" if certificate is None else f"ssl crt {certificate}"
+    config = directory / "haproxy.cfg"
+    config.write_text(HAPROXY.format(port=port, tls=tls, upstream=upstream))
+    command = [need_program("haproxy"), "-db", "-f", str(config)]
+    with _run("haproxy", command, directory, port):
         yield f"{'https' if tls else 'http'}://127.0.0.1:{port}"
 
 

@@ -351,9 +351,6 @@ class GuardedProtocol(HttpProtocol):
             ):
                 text = "A WebSocket's handshake has no body."
                 self._verdict = (HTTPStatus.BAD_REQUEST, text)
-        if (self.scope["method"], self.scope["http_version"]) != ("GET", "1.1"):
-            text = "A WebSocket's handshake is a GET of HTTP/1.1."
-            self._verdict = (HTTPStatus.BAD_REQUEST, text)
         if self._verdict is not None:
             raise ValueError(self._verdict[1])
 

@@ -59,7 +59,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             (name.decode("ascii"), value.decode("ascii", "backslashreplace"))
             for name, value in scope["headers"]
         )
-        self.handle_connect(Request(target.decode("ascii"), headers))
+        request = Request(target.decode("ascii"), headers)
+        request.method = scope["method"]
+        self.handle_connect(request)
         if self.close_sent:  # refused
             self._abort_soon()
         else:
