@@ -265,26 +265,3 @@ def poisson(
             break
         times.append(now)
     return times
-
-
-def single_queue(arrivals: Iterable[tuple[float, float]], servers: int) -> list[float]:
-    """Return the seconds that requests take that wait in one queue for all servers.
-
-    Parameters
-    ----------
-    arrivals
-        When each comes, and how long it is served, in the order of their coming.
-    """
-    free = [0.0] * servers
-    took = []
-    for came, seconds in arrivals:
-        ends = max(came, heapq.heappop(free)) + seconds
-        heapq.heappush(free, ends)
-        took.append(ends - came)
-    return took
-
-
-def quantile(values: Iterable[float], share: float) -> float:
-    """Return the value below which so many are."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.simulation import Caller, Loop, Replica, poisson, quantile, single_queue
+from tests.benchmarks.queueing import quantile, single_queue
+from tests.simulation import Caller, Loop, Replica, poisson
 
 
 def as_sent(seconds: float) -> float:
@@ -29,6 +30,12 @@ def make(
         for i in range(callers)
     ]
     return loop, replicas, made
+
+
+def ideally(arrivals: list[tuple[float, float]], servers: int) -> list[float]:
+    """Return the seconds that requests take that wait in one queue for all servers."""
+    at, seconds = zip(*arrivals, strict=True)
+    return single_queue(at, seconds, [1.0] * servers)
 
 
 def keep_busy(caller: Caller, clients: int, what: float = 0.0) -> None:
@@ -97,7 +104,7 @@ def test_short_calls_do_not_wait_behind_long_ones(callers: int) -> None:
     for at, seconds in arrivals:
         loop.call_at(at, rng.choice(made).request, seconds)
     loop.run(70)
-    ideal = single_queue(arrivals, 3)
+    ideal = ideally(arrivals, 3)
     short = [s for s, (_, long) in zip(ideal, arrivals, strict=True) if long < 0.1]
     took = [s for caller in made for what, s in caller.took if what < 0.1]
     assert len(took) == len(short)
@@ -134,6 +141,6 @@ def test_a_hundred_callers_and_a_thousand_replicas(service: str) -> None:
     loop.run(10)
     took = [seconds for caller in callers for _, seconds in caller.took]
     assert len(took) == len(arrivals)
-    ratio = quantile(took, 0.99) / quantile(single_queue(arrivals, 1000), 0.99)
+    ratio = quantile(took, 0.99) / quantile(ideally(arrivals, 1000), 0.99)
     print(f"p99 over the ideal's: {ratio:.2f}")
     assert ratio < 2
