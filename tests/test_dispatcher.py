@@ -27,10 +27,13 @@ from daskserve.transport.messages import (
     CALL,
     CANCEL,
     CHUNK,
+    DECLINE,
+    LOAD,
     OP_CHANNEL,
     REFUSED,
     RESULT,
     ROOM,
+    WANT,
     Message,
 )
 
@@ -545,6 +548,84 @@ def test_a_local_replica_needs_no_connection() -> None:
         assert len(near.messages) == 10 and not far.messages
         await dispatcher.close()
         assert near.forgotten == 1
+        place.stop()
+
+    run(test)
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_a_replica_that_lies_about_its_load(stuck: bool) -> None:
+    """Others get what there is; alone, it is asked again and again."""
+    lies = (10**9, -1, -5, stuck)
+
+    def lie(replica: StandIn, reply_to: ReplyTo, message: Message) -> None:
+        if message[0] == CALL:
+            reply_to.send((LOAD, 0, message[2], *lies))
+            reply_to.send((RESULT, message[1], message[3]))
+        elif message[0] == WANT and stuck:
+            reply_to.send((ROOM, 0, message[2]))
+
+    async def test(dispatcher: Dispatcher) -> None:
+        liar, honest = StandIn(lie), StandIn()
+        place = await Place({1: liar, 2: honest}).start()
+        dispatcher.update(1, snapshot((1, place), (2, place)))
+        await asyncio.gather(*(ask(dispatcher) for _ in range(20)))
+        told = len(liar.messages)
+        for _ in range(20):
+            assert (await ask(dispatcher))[0] == RESULT
+        assert len(liar.messages) <= told + 1  # a second may have passed
+        dispatcher.update(2, snapshot((1, place)))
+        async with asyncio.timeout(10):
+            for _ in range(3):
+                assert (await ask(dispatcher))[0] == RESULT
+        place.stop()
+
+    run(test)
+
+
+def test_a_replica_that_offers_what_nobody_wants() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        replica = StandIn()
+        place = await Place({1: replica}).start()
+        dispatcher.update(1, snapshot((1, place)))
+        assert (await ask(dispatcher))[0] == RESULT
+        for notice in ((ROOM, 0, 1), (ROOM, 0, 99), (LOAD, 0, 99, 0, 1, 1, False)):
+            dispatcher._take_notice(notice)
+        while DECLINE not in replica.ops:
+            await asyncio.sleep(0.005)
+        assert (await ask(dispatcher))[0] == RESULT
+        place.stop()
+
+    run(test)
+
+
+def test_slots_are_asked_for_where_others_have_all() -> None:
+    """No request travels twice for it, and what is not needed is given back."""
+
+    def full(replica: StandIn, reply_to: ReplyTo, message: Message) -> None:
+        if message[0] == CALL:
+            reply_to.send((LOAD, 0, message[2], 5, 5, 10_000, False))
+            reply_to.send((RESULT, message[1], message[3]))
+        elif message[0] == WANT:
+            wanted.append(message[3])
+            asyncio.get_running_loop().call_later(0.02, offer, reply_to, message)
+
+    def offer(reply_to: ReplyTo, message: Message) -> None:
+        for _ in range(message[3]):
+            reply_to.send((ROOM, 0, message[2]))
+
+    wanted: list[int] = []
+
+    async def test(dispatcher: Dispatcher) -> None:
+        replica = StandIn(full)
+        place = await Place({1: replica}).start()
+        dispatcher.update(1, snapshot((1, place), max_ongoing=5))
+        assert (await ask(dispatcher))[0] == RESULT
+        answers = [asyncio.ensure_future(ask(dispatcher)) for _ in range(200)]
+        async with asyncio.timeout(10):
+            await asyncio.gather(*answers)
+        assert replica.ops.count(CALL) == 201
+        assert sum(wanted) >= 200 and len(wanted) < 20, wanted
         place.stop()
 
     run(test)

@@ -192,13 +192,14 @@ class Router:
         now
             Time in seconds.
         """
+        call_s = max(0.0, call_s)  # whatever it says
         self.call_s += (call_s - self.call_s) * (WEIGHT if self._heard else 1)
         self._heard = True
         alike = self.call_s < NOISE * call_s and call_s < NOISE * self.call_s
         slot.call_s = -1.0 if alike else call_s
         slot.others, slot.stuck = others, stuck
         slot.valid_until = math.inf if stuck else now + VALID_S
-        slot.limit = min(limit, self.max_ongoing)
+        slot.limit = max(1, min(limit, self.max_ongoing))
         self.note(slot)
 
     def choose(self, now: float, avoid: Slot | None = None) -> Slot | None:
