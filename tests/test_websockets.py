@@ -464,3 +464,18 @@ def test_an_app_that_never_receives_stops_the_client(site: Site, where: str) -> 
         poll(lambda: send() > stuck_at + 2**20)
         whole = sent // len(frame) * size
         poll(lambda: handle.count.remote().result(timeout_s=5) >= whole)
+
+
+def test_a_handshake_that_websockets_does_not_take(site: Site) -> None:
+    address = urlsplit(site.url)
+    handshake = (
+        b"GET /x HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+        b"X-Long: %s\r\n\r\n" % (b"a" * 8192)
+    )
+    with socket.create_connection((address.hostname, address.port), 10) as sock:
+        sock.sendall(handshake)
+        answer = b""
+        while part := sock.recv(1000):
+            answer += part
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 431 ")
