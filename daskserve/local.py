@@ -200,6 +200,7 @@ class LocalApp:
                     max_ongoing_requests=options.max_ongoing_requests,
                     health_check_period_s=options.health_check_period_s,
                     health_check_timeout_s=options.health_check_timeout_s,
+                    session_affinity=options.session_affinity,
                 )
                 runner = Runner(
                     spec, report, self.session, self.session.settings.window_bytes
@@ -240,6 +241,7 @@ class LocalApp:
             "max_queued": options.max_queued_requests,
             "timeout_s": options.request_timeout_s,
             "hopeless": False,
+            "session_affinity": options.session_affinity,
         }
 
 

@@ -116,6 +116,7 @@ class Launcher:
             max_ongoing_requests=action.spec.max_ongoing_requests,
             health_check_period_s=action.spec.health_check_period_s,
             health_check_timeout_s=action.spec.health_check_timeout_s,
+            session_affinity=action.spec.session_affinity,
         )
         future: Future[Any] | None = None
         # Until it has heard of a restart, the client would give up what it submits,

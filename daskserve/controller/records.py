@@ -58,6 +58,8 @@ class Spec:
     autoscaling
         An `AutoscalingConfig` as a dict, if `num_replicas` follows the load: then that
         is how many are wanted now.
+    session_affinity
+        The kind of what has a session's id, and its name. None: no affinity.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Spec:
     app: str | None = None
     app_place: int = 0
     autoscaling: Mapping[str, Any] | None = None
+    session_affinity: Mapping[str, str] | None = None
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> Self:
@@ -144,6 +147,7 @@ class Spec:
             and self.init == other.init
             and dict(self.resources) == dict(other.resources)
             and self.workers == other.workers
+            and self.session_affinity == other.session_affinity
             and (other.user_config is not None or self.user_config is None)
         )
 

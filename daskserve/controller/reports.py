@@ -45,6 +45,8 @@ def _routing_entry(d: ManagedDeployment) -> dict[str, Any]:
         # Nothing comes any more: requests need not wait for a replica.
         "hopeless": not d.upkeep(),
     }
+    if spec.session_affinity is not None:
+        entry["session_affinity"] = dict(spec.session_affinity)
     if spec.autoscaling is not None:
         entry["load_interval_s"] = spec.autoscaling["metrics_interval_s"]
     return entry

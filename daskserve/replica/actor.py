@@ -7,6 +7,7 @@ replica's own thread and reports from there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ class ReplicaSpec:
     max_ongoing_requests: int
     health_check_period_s: float
     health_check_timeout_s: float
+    session_affinity: Mapping[str, str] | None = None
 
 
 class Replica:

@@ -33,8 +33,10 @@ from daskserve.replica.encode import NotEncodableError, encode
 from daskserve.replica.handle_calls import HandleCall, StreamCall, is_stream
 from daskserve.replica.places import Places
 from daskserve.replica.servable import Servable, UnknownMethodError
+from daskserve.replica.sessions import Sessions
 from daskserve.replica.websocket import ClientDisconnectedError, WebSocketExchange
 from daskserve.transport import values
+from daskserve.transport.affinity import Affinity
 from daskserve.transport.channel import ReplyTo
 from daskserve.transport.direct import DirectListener
 from daskserve.transport.loops import LoopThread, Mailbox
@@ -48,6 +50,7 @@ from daskserve.transport.messages import (
     END,
     ERROR,
     EVENT,
+    FOLLOW,
     NOT_ENCODABLE,
     OPENING,
     REFUSED,
@@ -126,6 +129,10 @@ class Runner:
         self._websockets: dict[Key, WebSocketExchange] = {}
         self._calls: dict[Key, HandleCall] = {}
         self._listener: DirectListener | None = None
+        affinity = Affinity.of(spec.session_affinity)
+        self._sessions: Sessions | None = None
+        if affinity is not None:
+            self._sessions = Sessions(affinity, spec.replica_id)
         self._places: Places[ReplyTo] = Places(spec.max_ongoing_requests)
         #: When places that are kept for callers are given up.
         self._offers: dict[ReplyTo, asyncio.TimerHandle] = {}
@@ -336,6 +343,8 @@ class Runner:
                 self._cancel((reply_to, message[1]))
             elif op == DECLINE:
                 self._withdraw_place(reply_to)
+            elif op == FOLLOW and self._sessions is not None:
+                self._sessions.follow(reply_to)
 
     def _begin(self, reply_to: ReplyTo, message: Message) -> None:
         if self._offers and (timer := self._offers.pop(reply_to, None)):
@@ -347,7 +356,9 @@ class Runner:
         key = (reply_to, message[1])
         # Tasks not by the loop's factory: what serves catches what user code raises.
         if message[0] == REQUEST:
-            exchange = HttpExchange(reply_to, message, self._window_bytes, self._starts)
+            exchange = HttpExchange(
+                reply_to, message, self._window_bytes, self._starts, self._sessions
+            )
             self._http[key] = exchange
             exchange.task = asyncio.Task(
                 self._serve_http(exchange, key),
@@ -355,7 +366,9 @@ class Runner:
                 context=self._context.copy(),
             )
         elif message[0] == CONNECT:
-            websocket = WebSocketExchange(reply_to, message, self._window_bytes)
+            websocket = WebSocketExchange(
+                reply_to, message, self._window_bytes, self._sessions
+            )
             self._websockets[key] = websocket
             serving = self._serve_websocket(websocket)
             websocket.task = self._spawn(self._websockets, key, serving)
@@ -416,6 +429,8 @@ class Runner:
     def _cancel_from(self, reply_to: ReplyTo) -> None:
         if (timer := self._offers.pop(reply_to, None)) is not None:
             timer.cancel()
+        if self._sessions is not None:
+            self._sessions.forget(reply_to)
         self._places.forget(reply_to)
         self._offer_places()
         for key in [*self._http, *self._websockets, *self._calls]:

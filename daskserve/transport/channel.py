@@ -25,6 +25,7 @@ from daskserve.transport.messages import (
     OPENING,
     REFUSED,
     ROOM,
+    SESSION,
     Message,
 )
 from daskserve.transport.outbox import Outbox
@@ -194,6 +195,8 @@ class Channel:
     def __init__(self) -> None:
         #: Told the id of a replica that has a place for who was refused before.
         self.on_room: Callable[[int], None] | None = None
+        #: Told of sessions, by their digests, that a replica has.
+        self.on_sessions: Callable[[int, bytes], None] | None = None
         self._exchanges: dict[int, Exchange] = {}
         self._last_id = 0
 
@@ -238,6 +241,8 @@ class Channel:
         """Take a message that belongs to no exchange."""
         if message[0] == ROOM and self.on_room is not None:
             self.on_room(message[2])
+        elif message[0] == SESSION and self.on_sessions is not None:
+            self.on_sessions(message[2], message[3])
 
     def _fail_all(self, reason: str) -> None:
         exchanges, self._exchanges = self._exchanges, {}

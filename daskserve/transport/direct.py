@@ -367,6 +367,8 @@ class DirectChannel(Channel):
         Finds replicas whose hosts are gone.
     on_close
         Called once when the connection has ended or could not be made.
+    on_open
+        Called when it can be used.
     """
 
     def __init__(
@@ -376,6 +378,7 @@ class DirectChannel(Channel):
         context: ssl.SSLContext | None,
         watch: SilenceWatch,
         on_close: Callable[[DirectChannel], None],
+        on_open: Callable[[DirectChannel], None] | None = None,
     ) -> None:
         super().__init__()
         self.worker = worker
@@ -386,6 +389,7 @@ class DirectChannel(Channel):
         self._context = context
         self._watch = watch
         self._on_close = on_close
+        self._on_open = on_open or _nothing
         #: It has been open, at some time.
         self.greeted = False
         self._retired = False
@@ -425,6 +429,7 @@ class DirectChannel(Channel):
     def _take(self, message: Message) -> None:
         if message[0] == WELCOME:
             self.greeted = self.is_open = True
+            self._on_open(self)
         elif message[0] == GOODBYE:  # take nothing new
             self._retired, self.is_open = True, False
             if self.idle:

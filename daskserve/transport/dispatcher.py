@@ -12,7 +12,7 @@ import itertools
 import logging
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from daskserve.exceptions import (
@@ -21,6 +21,7 @@ from daskserve.exceptions import (
     ReplicaDiedError,
     RequestTimeoutError,
 )
+from daskserve.transport.affinity import Affinity, Bindings, Session
 from daskserve.transport.channel import (
     Channel,
     CommChannel,
@@ -31,7 +32,15 @@ from daskserve.transport.channel import (
 )
 from daskserve.transport.direct import DirectAddress, DirectChannel
 from daskserve.transport.load_reports import LoadReports
-from daskserve.transport.messages import CALL, CANCEL, DECLINE, NOBODY, REFUSED, Message
+from daskserve.transport.messages import (
+    CALL,
+    CANCEL,
+    DECLINE,
+    FOLLOW,
+    NOBODY,
+    REFUSED,
+    Message,
+)
 from daskserve.transport.queue_reports import QueueReports
 from daskserve.transport.router import Router, Slot
 from daskserve.transport.silence import SilenceWatch
@@ -57,8 +66,9 @@ _numbers = itertools.count()
 class Group:
     """One deployment as this process sees it."""
 
-    __slots__ = ("begun", "connecting_until", "hopeless", "info", "max_queued", "name",
-                 "router", "timeout_s", "timer", "waiting", "wanted")  # fmt: skip
+    __slots__ = ("affinity", "begun", "connecting_until", "hopeless", "info",
+                 "max_queued", "name", "router", "sessions", "timeout_s", "timer",
+                 "waiting", "wanted")  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -74,6 +84,9 @@ class Group:
         self.hopeless = False
         self.max_queued: int | None = None
         self.timeout_s: float | None = None
+        #: Where its requests name their sessions, if replicas are chosen by them.
+        self.affinity: Affinity | None = None
+        self.sessions = Bindings()
         #: Of the next look at replicas that have refused.
         self.timer: asyncio.TimerHandle | None = None
         #: In the order in which they came.
@@ -84,6 +97,7 @@ class Group:
         self.info = info
         self.hopeless = info["hopeless"]
         self.max_queued, self.timeout_s = info["max_queued"], info["timeout_s"]
+        self.affinity = Affinity.of(info.get("session_affinity"))
         self.router.update(
             (
                 Slot(replica_id, tag, worker, local=worker == local_address)
@@ -153,6 +167,7 @@ class Dispatcher:
         self._local = LocalChannel(loop, inboxes) if inboxes is not None else None
         if self._local is not None:
             self._local.on_room = self._has_room
+            self._local.on_sessions = self._bind
         self._channels: dict[str, CommChannel] = {}
         #: What saves looking at all replicas: which are where, but for local ones and
         #: those of deployments that are not wanted, and of which deployment each is.
@@ -216,7 +231,7 @@ class Dispatcher:
         return True
 
     def _update_group(self, group: Group, info: Mapping[str, Any]) -> None:
-        former, slots = group.info, group.router.slots
+        former, slots, affinity = group.info, group.router.slots, group.affinity
         group.update(info, self._local_address)
         unavailable = group.unavailable()
         if unavailable is not None:
@@ -226,6 +241,8 @@ class Dispatcher:
             slot.reachable = self._connected(slot) if group.wanted else slot.local
         if group.wanted:
             self._update_direct(former, info)
+            known = slots.keys() if group.affinity == affinity else ()
+            self._follow(s for i, s in group.router.slots.items() if i not in known)
         elif self.ahead:
             self._want(group)
         self._hand_out(group)
@@ -249,6 +266,7 @@ class Dispatcher:
         for slot in group.router.slots.values():
             slot.reachable = self._connected(slot)
         self._update_direct(None, group.info)
+        self._follow(group.router.slots.values())
 
     def _note_places(
         self, group: Group, old: Mapping[int, Slot], new: Mapping[int, Slot]
@@ -359,6 +377,8 @@ class Dispatcher:
         """Count `call` as in a replica with room, if there is one now."""
         if group.waiting:  # nobody overtakes those who wait
             return None
+        if call.session is not None and not group.wanted:
+            return None  # the replica that has it may be one to connect to
         slot = _choose(group, call, self.loop.time())
         if slot is not None:
             slot.in_flight += 1
@@ -377,7 +397,7 @@ class Dispatcher:
             raise unavailable
         if not group.wanted:
             self._want(group)
-            if call.near:
+            if call.near or call.session is not None:
                 await self.connected()
             slot = self.acquire_now(call, group)  # if others brought connections here
             if slot is not None:
@@ -465,6 +485,7 @@ class Dispatcher:
                 address, self._connect, self._channel_opened, self._channel_closed
             )
             channel.on_room = self._has_room
+            channel.on_sessions = self._bind
 
     def _channel_opened(self, channel: CommChannel) -> None:
         self._opened.set()
@@ -472,7 +493,9 @@ class Dispatcher:
         self._doubted.discard(address)
         reason = f"worker {address} {self._watch.reason}"
         self._watch.add(channel, channel.sock, lambda: channel.close(reason))
-        for group in self._set_reachable(address, True):
+        groups = self._set_reachable(address, True)
+        self._follow(self._on_worker.get(address, {}).values())
+        for group in groups:
             self._hand_out(group)
         # The network may have come back.
         for replica_id in self._on_worker.get(address, {}):
@@ -525,8 +548,15 @@ class Dispatcher:
             delay = RECONNECT_S if channel.broke else DIRECT_RETRY_S
             self.loop.call_later(delay, self._reopen_direct, replica_id)
 
-        channel = DirectChannel(address, worker, context, self._watch, closed)
+        def opened(channel: DirectChannel) -> None:
+            # There, too: it is to come before what the same replica answers.
+            group = self._group_of.get(replica_id)
+            if group is not None and group.affinity is not None:
+                channel.send((FOLLOW, 0, replica_id))
+
+        channel = DirectChannel(address, worker, context, self._watch, closed, opened)
         channel.on_room = self._has_room
+        channel.on_sessions = self._bind
         self._direct[replica_id] = channel
 
     def _reopen_direct(self, replica_id: int) -> None:
@@ -637,6 +667,18 @@ class Dispatcher:
         else:
             self.channel(slot).send((DECLINE, 0, replica_id))
 
+    def _follow(self, slots: Iterable[Slot]) -> None:
+        """Ask replicas that can be reached for their sessions, if they matter."""
+        for slot in slots:
+            if slot.reachable and self._group_of[slot.replica_id].affinity is not None:
+                self.channel(slot).send((FOLLOW, 0, slot.replica_id))
+
+    def _bind(self, replica_id: int, digests: bytes) -> None:
+        """Note sessions that a replica says it has."""
+        group = self._group_of.get(replica_id)
+        if group is not None:
+            group.sessions.bind(replica_id, digests)
+
     def _fail_waiting(self, group: Group, failure: Exception) -> None:
         while group.waiting:
             waiter = group.waiting.popleft().waiter
@@ -649,7 +691,11 @@ def _choose(group: Group, call: Call, now: float) -> Slot | None:
         near = group.router.choose_near(call.near, now)
         if near is not None:
             return near
-    return group.router.choose(now, call.avoid, call.model_id)
+    router, session = group.router, call.session
+    if session is None:
+        return router.choose(now, call.avoid, call.model_id)
+    bound = group.sessions.find(session, router.slots)
+    return router.choose_for(session.digest.hex(), bound, now, call.avoid)
 
 
 def _is_open(waiter: asyncio.Future[Slot] | None) -> bool:
@@ -665,7 +711,7 @@ class Call:
 
     __slots__ = ("_aborted", "_channel", "_dispatcher", "_exchange", "avoid",
                  "deployment", "group", "model_id", "near", "number", "on_grant",
-                 "refused", "slot", "waiter")  # fmt: skip
+                 "refused", "session", "slot", "waiter")  # fmt: skip
 
     def __init__(
         self, dispatcher: Dispatcher, deployment: str, model_id: str = ""
@@ -674,6 +720,8 @@ class Call:
         self.deployment = deployment
         #: The model that it is for, if it is for one of many.
         self.model_id = model_id
+        #: The session that it belongs to, if a replica is chosen by it.
+        self.session: Session | None = None
         #: Workers where replicas are preferred, the best ones first.
         self.near: tuple[str, ...] = ()
         self._exchange: Exchange | None = None

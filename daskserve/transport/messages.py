@@ -40,6 +40,8 @@ These belong to no exchange, and have a 0 for its id:
 ============  ==============================================================
 ``ROOM``      replica: it keeps a place for who was refused before
 ``DECLINE``   replica: from a caller that has no use for the place
+``FOLLOW``    replica: from a caller that wants to be told of its sessions
+``SESSION``   replica, digests in a row: it has these sessions; see `affinity`
 ``WELCOME``   the secret was right (on direct connections)
 ``GOODBYE``   the replica is about to end (on direct connections)
 ============  ==============================================================
@@ -83,6 +85,8 @@ ROOM: Final = 32
 WELCOME: Final = 33
 GOODBYE: Final = 34
 DECLINE: Final = 35
+FOLLOW: Final = 36
+SESSION: Final = 37
 
 PART: Final = 48
 WHOLE: Final = 49

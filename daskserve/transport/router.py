@@ -3,9 +3,10 @@
 Local first while it has room, else the less loaded of two random ones ("power of two
 choices": M. Mitzenmacher, IEEE TPDS 12(10), 2001), by this caller's own count.
 
-A request for one of many models goes to the replica that comes first for it in an order
-that all callers share ("highest random weight": D. Thaler and C. Ravishankar, IEEE/ACM
-Trans. Networking 6(1), 1998), so that it finds the model there, loaded by others.
+A request for one of many models, or of a session that is bound to no replica, goes to
+the replica that comes first for it in an order that all callers share ("highest random
+weight": D. Thaler and C. Ravishankar, IEEE/ACM Trans. Networking 6(1), 1998), so that
+it finds what others left there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-#: For how many models the order of replicas is kept.
+#: For how many models and sessions the order of replicas is kept.
 MAX_RANKED = 1000
 
 
@@ -97,6 +98,28 @@ class Router:
             return avoid
         return best
 
+    def choose_for(
+        self, session: str, replica_id: int, now: float, avoid: Slot | None = None
+    ) -> Slot | None:
+        """Return a replica with room for a request of a session, or None.
+
+        Parameters
+        ----------
+        session
+            What the order of replicas depends on, if it is not bound or cannot be used.
+        replica_id
+            The one that it is bound to; 0: none.
+        now, avoid
+            As in `choose`.
+        """
+        bound = self.slots.get(replica_id)
+        if bound is not None and bound is not avoid and self._has_room(bound, now):
+            return bound
+        first = self._first_for(session, now, avoid)
+        if first is None and avoid is not None and self._has_room(avoid, now):
+            return avoid
+        return first
+
     def choose_near(self, workers: Iterable[str], now: float) -> Slot | None:
         """Return a replica with room on one of some workers, or on a host of theirs.
 
@@ -128,16 +151,16 @@ class Router:
             and slot.full_until <= now
         )
 
-    def _first_for(self, model_id: str, now: float, avoid: Slot | None) -> Slot | None:
-        ranked = self._ranked.get(model_id)
+    def _first_for(self, key: str, now: float, avoid: Slot | None) -> Slot | None:
+        ranked = self._ranked.get(key)
         if ranked is None:
             ranked = sorted(
                 self.slots.values(),
                 key=lambda slot: hashlib.blake2b(
-                    f"{model_id}\0{slot.tag}".encode(), digest_size=8
+                    f"{key}\0{slot.tag}".encode(), digest_size=8
                 ).digest(),
             )
-            self._ranked[model_id] = ranked
+            self._ranked[key] = ranked
             if len(self._ranked) > MAX_RANKED:
                 self._ranked.popitem(last=False)
         for slot in ranked:
