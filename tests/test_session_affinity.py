@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pickle
 import signal
 import socket
 import uuid
@@ -24,6 +25,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 import daskserve as serve
+from daskserve.handle import DeploymentHandle
 from tests.test_http import Site, open_site, site
 from tests.utils import poll
 
@@ -88,7 +90,13 @@ def deploy(
         workers = [w for w in everywhere if w != site.near]
 
     @serve.ingress(make_app)
-    class App: ...
+    class App:
+        async def pid(self) -> int:
+            return os.getpid()
+
+        async def call(self, name: str, keys: list[str]) -> list[int]:
+            handle = serve.get_deployment(name).get_handle()
+            return [await handle.options(session_id=k).pid.remote() for k in keys]
 
     made = site.deploy(
         App,
@@ -167,6 +175,48 @@ def test_ids_of_the_clients_own(site: Site) -> None:
         found = list(pool.map(pids, ids))
     assert all(len(each) == 1 for each in found), found
     assert len({pid for each in found for pid, _ in each}) == 2
+
+
+def test_handles_go_where_http_goes(site: Site) -> None:
+    deployment = deploy(site, header="x-sid")
+    name, url = deployment.name, site.at(deployment)
+    ids = [uuid.uuid4().hex for _ in range(10)]
+    ids += [get(url + "/begin").headers["x-sid"] for _ in range(10)]
+    expected = [use(url, headers={"x-sid": key})["pid"] for key in ids]
+    assert len(set(expected)) == 2
+    handle = deployment.get_handle()
+    with ThreadPoolExecutor(4) as pool:  # whatever connections stand yet
+        called = pool.map(
+            lambda key: handle.options(session_id=key).pid.remote().result(20), ids[:10]
+        )
+        assert list(called) == expected[:10]
+    # By now the replicas have told of the sessions that they began.
+    poll(
+        lambda: (
+            [handle.options(session_id=key).pid.remote().result(20) for key in ids]
+            == expected
+        )
+    )
+    assert handle.call.remote(name, ids[:10]).result(20) == expected[:10]
+    other = deploy(site)  # without the option: by the id alone
+    handle = other.get_handle()
+    for key in ids[:5]:
+        chosen = handle.options(session_id=key)
+        assert len({chosen.pid.remote().result(20) for _ in range(10)}) == 1
+
+
+def test_session_ids_of_handles() -> None:
+    handle = DeploymentHandle("D")
+    chosen = handle.options(session_id="ä" * 512)
+    assert chosen.call == chosen.options(method_name="call")
+    assert chosen != handle and chosen.options(session_id="") == handle
+    assert pickle.loads(pickle.dumps(chosen)) == chosen
+    assert "ä" not in repr(chosen)
+    assert handle.options(session_id="\ud800\0") != handle
+    with pytest.raises(ValueError, match="session_id has 1025 bytes; 1024 are allowed"):
+        handle.options(session_id="a" * 1025)
+    with pytest.raises(TypeError, match="session_id=7 is not a string"):
+        handle.options(session_id=7)  # type: ignore[arg-type]
 
 
 def test_a_cookie_for_clients_that_keep_them(site: Site) -> None:

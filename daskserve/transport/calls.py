@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from daskserve import packing
 from daskserve.exceptions import DeploymentUnavailableError, ReplicaDiedError
 from daskserve.packing import Packed
+from daskserve.transport.affinity import Session
 from daskserve.transport.channel import ConnectionLostError
 from daskserve.transport.dispatcher import Call, Dispatcher, timeout_error
 from daskserve.transport.items import Items
@@ -68,6 +69,8 @@ class CallRequest:
     results: tuple[Packed, ...] = ()
     #: Workers that have most of the bytes of the Dask futures, the best ones first.
     near: tuple[str, ...] = ()
+    #: The session that it belongs to, if it belongs to one.
+    session: Session | None = None
 
 
 class CallSender:
@@ -111,6 +114,7 @@ class _RunningCall:
         self._request = request
         self._call = Call(dispatcher, request.deployment, request.model_id)
         self._call.near = request.near
+        self._call.session = request.session
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 

@@ -283,6 +283,13 @@ class Dispatcher:
             if group.wanted and not slot.local:
                 self._on_worker.setdefault(slot.worker, {})[replica_id] = slot
 
+    def _connecting(self, group: Group) -> bool:
+        """Whether the first connections to a deployment may be on their way."""
+        return not group.wanted or (
+            self.loop.time() < group.connecting_until
+            and not all(slot.reachable for slot in group.router.slots.values())
+        )
+
     async def connected(self) -> None:
         """Wait until all replicas of the snapshot can be reached, for a moment.
 
@@ -377,8 +384,8 @@ class Dispatcher:
         """Count `call` as in a replica with room, if there is one now."""
         if group.waiting:  # nobody overtakes those who wait
             return None
-        if call.session is not None and not group.wanted:
-            return None  # the replica that has it may be one to connect to
+        if call.session is not None and self._connecting(group):
+            return None  # it may be for one that cannot be reached yet
         slot = _choose(group, call, self.loop.time())
         if slot is not None:
             slot.in_flight += 1
@@ -395,8 +402,10 @@ class Dispatcher:
             unavailable = DeploymentUnavailableError("daskserve is stopping here.")
         if unavailable is not None:
             raise unavailable
-        if not group.wanted:
+        wanted = group.wanted
+        if not wanted:
             self._want(group)
+        if not wanted or (call.session is not None and self._connecting(group)):
             if call.near or call.session is not None:
                 await self.connected()
             slot = self.acquire_now(call, group)  # if others brought connections here
