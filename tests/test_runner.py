@@ -7,6 +7,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -938,3 +939,45 @@ def test_without_the_option_nothing_is_looked_at(replica: Make) -> None:
     by_query = SessionsOf(replica, query="sid")
     assert by_query.get(b"set-cookie=sid=a")[3] == [(b"set-cookie", b"sid=a")]
     assert by_query.replica.caller.of(0) == []
+
+
+# Clients that go in the middle of a response.
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_an_app_may_end_what_nobody_wants_any_more(
+    replica: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listens: bool
+) -> None:
+    monkeypatch.setattr("daskserve.replica.runner.TOLD_S", 0.2)
+    how = tmp_path / "how"
+
+    async def stream(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        body = {"type": "http.response.body", "body": b"x", "more_body": True}
+        await send(body)
+        try:
+            if listens:
+                assert (await receive())["type"] == "http.disconnect"
+            else:
+                await asyncio.sleep(10)
+            how.write_text("ended")
+        except asyncio.CancelledError:
+            how.write_text("cancelled")
+            raise
+
+    @serve.ingress(stream)
+    class App: ...
+
+    made = replica(App)
+    number = made.request()
+    made.caller.wait(number, CHUNK)
+    began = time.monotonic()
+    made.send(CANCEL)
+    poll(how.exists)
+    assert (time.monotonic() - began < 0.15) == listens
+    assert how.read_text() == ("ended" if listens else "cancelled")
+    poll(lambda: made.runner.ongoing == 0)
+    assert made.caller.of(number, ERROR) == []

@@ -74,6 +74,8 @@ Key: TypeAlias = tuple[ReplyTo, int]
 KEPT_S = 1.0
 #: How long cancelled requests may take to clean up.
 CANCEL_TIMEOUT_S = 1.0
+#: How long an app may take to end a response that nobody wants any more by itself.
+TOLD_S = 1.0
 #: Beyond the grace period, how long a replica may take before it is given up.
 STOP_MARGIN_S = 4.0
 #: How long shutdown hooks and ``__del__`` may take together, after the grace period.
@@ -403,7 +405,11 @@ class Runner:
         exchange = self._http.get(key)
         if exchange is not None:
             exchange.disconnect()
-            if not exchange.response_complete:
+            if exchange.response_started and self._servable.app is not None:
+                # It is told, as on any server. Some take a cancellation for a failure
+                # of what the client has read already, and undo that.
+                self.loop.call_later(TOLD_S, self._cancel_told, exchange, key)
+            elif not exchange.response_complete:
                 self._cancel_http(exchange, key)
         websocket = self._websockets.get(key)
         if websocket is not None:
@@ -411,6 +417,10 @@ class Runner:
         call = self._calls.get(key)
         if call is not None:
             self._cancel_call(call, key)
+
+    def _cancel_told(self, exchange: HttpExchange, key: Key) -> None:
+        if self._http.get(key) is exchange and not exchange.response_complete:
+            self._cancel_http(exchange, key)
 
     def _cancel_http(self, exchange: HttpExchange, key: Key) -> None:
         assert exchange.task is not None
@@ -480,7 +490,7 @@ class Runner:
                 await servable.app(scope, exchange.receive, exchange.send)
             else:
                 await self._serve_plain(exchange)
-            if not exchange.response_complete:
+            if not exchange.response_complete and not exchange.disconnected:
                 raise RuntimeError("The app returned without completing its response.")
             exchange.send_held()
         except BaseException as err:
