@@ -315,7 +315,9 @@ BAD = [
 @pytest.fixture(scope="module")
 def kinds(_site: Site) -> dict[str, serve.Deployment]:
     names = {"header": "X-Sid", "cookie": "sid", "query": "sid"}
-    return {kind: deploy(_site, **{kind: name}) for kind, name in names.items()}
+    return {
+        kind: deploy(_site, 2, None, **{kind: name}) for kind, name in names.items()
+    }
 
 
 @pytest.mark.parametrize("number", range(len(BAD)))

@@ -85,7 +85,7 @@ def mcp_server() -> Any:
     counts: dict[int, int] = {}
 
     @server.tool()
-    async def step(ctx: Context) -> str:  # type: ignore[type-arg]
+    async def step(ctx: Context) -> str:
         key = id(ctx.session)
         counts[key] = counts.get(key, 0) + 1
         return f"{os.getpid()} {counts[key]}"
