@@ -20,6 +20,7 @@ from daskserve.exceptions import (
     ReplicaDiedError,
     RequestTimeoutError,
 )
+from daskserve.transport.affinity import Session
 from daskserve.transport.call import Call, timeout_error
 from daskserve.transport.channel import ReplyTo, serve_channel
 from daskserve.transport.dispatcher import Dispatcher
@@ -28,11 +29,13 @@ from daskserve.transport.messages import (
     CANCEL,
     CHUNK,
     DECLINE,
+    FOLLOW,
     LOAD,
     OP_CHANNEL,
     REFUSED,
     RESULT,
     ROOM,
+    SESSION,
     WANT,
     Message,
 )
@@ -680,6 +683,105 @@ def test_who_comes_during_a_pause_waits_for_its_end_only() -> None:
         replica.answer = echo
         async with asyncio.timeout(10):
             assert (await ask(dispatcher))[0] == RESULT
+        place.stop()
+
+    run(test)
+
+
+# Sessions.
+
+
+async def where(dispatcher: Dispatcher, session: Session) -> int:
+    """Return the replica that a call of a session is sent to."""
+    call = Call(dispatcher, "D")
+    call.session = session
+
+    def make(exchange_id: int, replica_id: int) -> Message:
+        return (CALL, exchange_id, replica_id, replica_id)
+
+    try:
+        answer = await call.first(make, retry_lost=False)
+        return int(answer[2])
+    finally:
+        call.finish()
+
+
+def test_sessions_stay_where_they_are_said_to_be() -> None:
+    def tell(replica: StandIn, reply_to: ReplyTo, message: Message) -> None:
+        if message[0] == FOLLOW and message[2] == 2:
+            reply_to.send((SESSION, 0, 2, sessions[0].digest + sessions[1].digest))
+        echo(replica, reply_to, message)
+
+    sessions = [Session.of(b"%d" % i) for i in range(12)]
+
+    async def test(dispatcher: Dispatcher) -> None:
+        replicas = {1: StandIn(tell), 2: StandIn(tell)}
+        place, other = (
+            await Place(replicas).start(),
+            await Place({3: StandIn()}).start(),
+        )
+        there = [(1, place), (2, place)]
+        affinity = {"header": "sid"}
+        dispatcher.update(1, snapshot(*there, session_affinity=affinity))
+        await where(dispatcher, sessions[0])  # connects, and asks
+        async with asyncio.timeout(5):
+            while len(dispatcher.groups["D"].sessions) < 2:
+                await asyncio.sleep(0.01)
+        assert [await where(dispatcher, s) for s in sessions[:2]] == [2, 2]
+        found = [await where(dispatcher, s) for s in sessions]
+        assert {1, 2} == set(found[2:])
+        assert await where(dispatcher, Session(sessions[2].digest, 1)) == 1
+        assert await where(dispatcher, Session(sessions[2].digest, 2)) == 2
+        assert [replica.ops.count(FOLLOW) for replica in replicas.values()] == [1, 1]
+        # More replicas, and fewer: what is bound does not move before it has to.
+        dispatcher.update(2, snapshot(*there, (3, other), session_affinity=affinity))
+        await dispatcher.connected()
+        again = [await where(dispatcher, s) for s in sessions]
+        assert again[:2] == [2, 2] and 3 in again[2:]
+        assert all(new in (old, 3) for old, new in zip(found, again, strict=True))
+        dispatcher.update(
+            3, snapshot((1, place), (3, other), session_affinity=affinity)
+        )
+        assert 2 not in [await where(dispatcher, s) for s in sessions]
+        assert [replica.ops.count(FOLLOW) for replica in replicas.values()] == [1, 1]
+        place.stop()
+        other.stop()
+
+    run(test)
+
+
+def test_replicas_are_followed_when_sessions_begin_to_matter() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        replicas = {1: StandIn(), 2: StandIn()}
+        place = await Place(replicas).start()
+        there = [(1, place), (2, place)]
+        dispatcher.connect_ahead()
+        dispatcher.update(1, snapshot(*there))
+        await dispatcher.connected()
+        await ask(dispatcher)
+        assert [replica.ops.count(FOLLOW) for replica in replicas.values()] == [0, 0]
+        dispatcher.update(2, snapshot(*there, session_affinity={"query": "s"}))
+        place.cut()  # and again when there is another connection
+        async with asyncio.timeout(5):
+            while not all(FOLLOW in replica.ops for replica in replicas.values()):
+                await asyncio.sleep(0.01)
+        place.stop()
+
+    run(test)
+
+
+def test_a_session_whose_replica_is_full_goes_elsewhere() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        place = await Place({1: StandIn(refuse), 2: StandIn()}).start()
+        dispatcher.update(1, snapshot((1, place), (2, place)))
+        session = Session(Session.of(b"a").digest, 1)
+        assert await where(dispatcher, session) == 2
+        dispatcher.update(2, snapshot((1, place)))
+        task = asyncio.ensure_future(where(dispatcher, session))
+        await asyncio.sleep(0.1)
+        assert not task.done()
+        task.cancel()
+        await asyncio.wait([task])
         place.stop()
 
     run(test)

@@ -1,4 +1,4 @@
-"""uvicorn's WebSocket protocol, with an end to clients that read nothing any more."""
+"""uvicorn's WebSocket protocol, with answers to all and an end to who reads none."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     """
 
     _deadline: asyncio.TimerHandle | None = None
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, and answer a handshake that cannot be: uvicorn leaves it waiting."""
+        super().data_received(data)
+        if self.conn.handshake_exc is not None and not self.handshake_initiated:
+            self.handshake_initiated = self.handshake_complete = self.close_sent = True
+            # websockets takes lines up to 8 KiB; what it says of others is here.
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self.transport.close()
 
     def keepalive_timeout(self) -> None:
         """Close, in a while by force."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from daskserve.replica.sessions import Sessions
 from daskserve.transport.channel import ReplyTo
 from daskserve.transport.messages import (
     CHUNK,
@@ -85,13 +86,13 @@ class HttpExchange:
     window_bytes
         How much of the request's body may be on its way here, and of the response if
         the caller holds that much.
-    starts
+    starts, sessions
         The replica's.
     """
 
     __slots__ = ("_body", "_changed", "_charged", "_dropped", "_held", "_left",
-                 "_max_chunk", "_more_body", "_on_the_way", "_start", "_starts",
-                 "_window", "admitted", "began", "disconnected", "entered",
+                 "_max_chunk", "_more_body", "_on_the_way", "_sessions", "_start",
+                 "_starts", "_window", "admitted", "began", "disconnected", "entered",
                  "exchange_id", "head",
                  "reply_to", "response_complete", "response_started",
                  "task")  # fmt: skip
@@ -102,9 +103,11 @@ class HttpExchange:
         message: tuple[Any, ...],
         window_bytes: int,
         starts: Starts,
+        sessions: Sessions | None = None,
     ) -> None:
         self.reply_to = reply_to
         self._starts = starts
+        self._sessions = sessions
         self.exchange_id: int = message[1]
         self.head = Head._make(message[3])
         self.task: asyncio.Task[None] | None = None
@@ -193,6 +196,8 @@ class HttpExchange:
             if self._start is not None:
                 raise RuntimeError("Unexpected second 'http.response.start'.")
             status, headers, self._left = read_start(event, self.head.method)
+            if self._sessions is not None:
+                self._sessions.answered(self.reply_to, self.head, headers)
             self._start = (status, headers)
             self._starts.add(self)
         elif kind == "http.response.body":

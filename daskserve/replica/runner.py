@@ -35,8 +35,10 @@ from daskserve.replica.context import ReplicaContext, current_replica
 from daskserve.replica.encode import NotEncodableError, encode
 from daskserve.replica.handle_calls import HandleCall, StreamCall, is_stream
 from daskserve.replica.servable import Servable, UnknownMethodError
+from daskserve.replica.sessions import Sessions
 from daskserve.replica.websocket import ClientDisconnectedError, WebSocketExchange
 from daskserve.transport import values
+from daskserve.transport.affinity import Affinity
 from daskserve.transport.channel import ReplyTo
 from daskserve.transport.direct import DirectListener
 from daskserve.transport.loops import LoopThread, Mailbox
@@ -50,6 +52,7 @@ from daskserve.transport.messages import (
     END,
     ERROR,
     EVENT,
+    FOLLOW,
     FULL,
     FULL_OF_WEBSOCKETS,
     LOAD,
@@ -86,6 +89,8 @@ MAX_TOLD = 1000
 WEIGHT = 0.1
 #: How long cancelled requests may take to clean up.
 CANCEL_TIMEOUT_S = 1.0
+#: How long an app may take to end a response that nobody wants any more by itself.
+TOLD_S = 1.0
 #: Beyond the grace period, how long a replica may take before it is given up.
 STOP_MARGIN_S = 4.0
 #: How long shutdown hooks and ``__del__`` may take together, after the grace period.
@@ -171,6 +176,10 @@ class Runner:
         #: Which models are loaded, as callers are told.
         self._models: Message | None = None
         self._warned_at = -math.inf
+        affinity = Affinity.of(spec.session_affinity)
+        self._sessions: Sessions | None = None
+        if affinity is not None:
+            self._sessions = Sessions(affinity, spec.replica_id)
         self._accepting = False
         self._stopping = False
         self._idle = asyncio.Event()
@@ -421,6 +430,8 @@ class Runner:
             elif op == DECLINE:
                 self._admission.withdraw(reply_to.caller)
                 self._offer_slots()
+            elif op == FOLLOW and self._sessions is not None:
+                self._sessions.follow(reply_to)
 
     def _begin(self, reply_to: ReplyTo, message: Message) -> None:
         if self._models is not None and reply_to.caller not in self._ways:
@@ -428,14 +439,16 @@ class Runner:
         self._ways[reply_to.caller] = reply_to
         refusal = self._refusal(reply_to, message[0])
         if refusal is not None:
-            reply_to.send((REFUSED, message[1], refusal))
             if refusal == FULL:
                 self._tell(reply_to)
+            reply_to.send((REFUSED, message[1], refusal))
             return
         key = (reply_to, message[1])
         # Tasks not by the loop's factory: what serves catches what user code raises.
         if message[0] == REQUEST:
-            exchange = HttpExchange(reply_to, message, self._window_bytes, self._starts)
+            exchange = HttpExchange(
+                reply_to, message, self._window_bytes, self._starts, self._sessions
+            )
             self._http[key] = exchange
             exchange.task = asyncio.Task(
                 self._serve_http(exchange, key),
@@ -443,7 +456,9 @@ class Runner:
                 context=self._context.copy(),
             )
         elif message[0] == CONNECT:
-            websocket = WebSocketExchange(reply_to, message, self._window_bytes)
+            websocket = WebSocketExchange(
+                reply_to, message, self._window_bytes, self._sessions
+            )
             self._websockets[key] = websocket
             serving = self._serve_websocket(websocket)
             websocket.task = self._spawn(self._websockets, key, serving)
@@ -497,7 +512,11 @@ class Runner:
         exchange = self._http.get(key)
         if exchange is not None:
             exchange.disconnect()
-            if not exchange.response_complete:
+            if exchange.response_started and self._servable.app is not None:
+                # It is told, as on any server. Some take a cancellation for a failure
+                # of what the client has read already, and undo that.
+                self.loop.call_later(TOLD_S, self._cancel_told, exchange, key)
+            elif not exchange.response_complete:
                 self._cancel_http(exchange, key)
         websocket = self._websockets.get(key)
         if websocket is not None:
@@ -505,6 +524,10 @@ class Runner:
         call = self._calls.get(key)
         if call is not None:
             self._cancel_call(call, key)
+
+    def _cancel_told(self, exchange: HttpExchange, key: Key) -> None:
+        if self._http.get(key) is exchange and not exchange.response_complete:
+            self._cancel_http(exchange, key)
 
     def _cancel_http(self, exchange: HttpExchange, key: Key) -> None:
         assert exchange.task is not None
@@ -526,6 +549,8 @@ class Runner:
             self._told.pop(reply_to.caller, None)
             self._admission.forget(reply_to.caller)
             self._offer_slots()
+        if self._sessions is not None:
+            self._sessions.forget(reply_to)
         for key in [*self._http, *self._websockets, *self._calls]:
             if key[0] is reply_to:
                 self._cancel(key)
@@ -625,7 +650,7 @@ class Runner:
                 await servable.app(scope, exchange.receive, exchange.send)
             else:
                 await self._serve_plain(exchange)
-            if not exchange.response_complete:
+            if not exchange.response_complete and not exchange.disconnected:
                 raise RuntimeError("The app returned without completing its response.")
             exchange.send_held()
         except BaseException as err:

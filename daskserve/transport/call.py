@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from daskserve.exceptions import ReplicaDiedError, RequestTimeoutError
+from daskserve.transport.affinity import Session
 from daskserve.transport.channel import Channel, ConnectionLostError, Exchange
 from daskserve.transport.group import Group
 from daskserve.transport.messages import CANCEL, REFUSED, Message
@@ -29,8 +30,8 @@ class Call:
 
     __slots__ = ("_aborted", "_channel", "_dispatcher", "_exchange", "_failed", "_left",
                  "_make", "_on_news", "_waiter", "avoid", "deployment", "group",
-                 "model_id", "near", "on_grant", "queued", "returned", "slot",
-                 "websocket")  # fmt: skip
+                 "model_id", "near", "on_grant", "queued", "returned",
+                 "session", "slot", "websocket")  # fmt: skip
 
     def __init__(
         self, dispatcher: Dispatcher, deployment: str, model_id: str = ""
@@ -39,6 +40,8 @@ class Call:
         self.deployment = deployment
         #: The model that it is for, if it is for one of many.
         self.model_id = model_id
+        #: The session that it belongs to, if a replica is chosen by it.
+        self.session: Session | None = None
         #: How many bytes of its values are on which workers, and how many there are.
         self.near: tuple[Mapping[str, int], int] | None = None
         #: It lasts for long, and has no part in the limit of requests.
@@ -181,7 +184,7 @@ class Call:
             finally:
                 self._waiter = None
         if self.failure is not None:
-            self.finish()
+            self.cancel()  # it may have been sent, in the same turn of the loop
             raise self.failure
 
     # Both.

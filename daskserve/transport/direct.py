@@ -386,6 +386,8 @@ class DirectChannel(Channel):
         Called once when the connection has ended or could not be made.
     caller
         The id of this process.
+    on_open
+        Called when it can be used.
     """
 
     def __init__(
@@ -396,6 +398,7 @@ class DirectChannel(Channel):
         watch: SilenceWatch,
         on_close: Callable[[DirectChannel], None],
         caller: str,
+        on_open: Callable[[DirectChannel], None] | None = None,
     ) -> None:
         super().__init__()
         self._caller = caller
@@ -407,6 +410,7 @@ class DirectChannel(Channel):
         self._context = context
         self._watch = watch
         self._on_close = on_close
+        self._on_open = on_open or _nothing
         #: It has been open, at some time.
         self.greeted = False
         self._retired = False
@@ -446,6 +450,7 @@ class DirectChannel(Channel):
     def _take(self, message: Message) -> None:
         if message[0] == WELCOME:
             self.greeted = self.is_open = True
+            self._on_open(self)
         elif message[0] == GOODBYE:  # take nothing new
             self._retired, self.is_open = True, False
             if self.idle:

@@ -11,7 +11,8 @@ binding": K. Ousterhout et al., "Sparrow", SOSP 2013).
 
 A request for one of many models goes to a replica that has it, which `models` knows, or
 to one with room for it, the first in an order that all callers share ("highest random
-weight": D. Thaler and C. Ravishankar, IEEE/ACM Trans. Networking 6(1), 1998).
+weight": D. Thaler and C. Ravishankar, IEEE/ACM Trans. Networking 6(1), 1998). That is
+also where requests of a session go that is bound to no replica.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ HOP_S = 100e-6
 UNKNOWN_CALL_S = 1e-3
 #: For how long it counts what a replica said of others' requests in it, in seconds.
 VALID_S = 1.0
+#: And what it said of the time of a call.
+TIME_VALID_S = 10.0
 #: So many replicas are all looked at; of more, this many by chance.
 FEW, SAMPLED = 8, 4
 #: Times that differ by less are taken for equal: they are measured, and so noisy.
@@ -41,7 +44,7 @@ NOISE = 1.3
 WEIGHT = 0.05
 #: Bytes/s at which values are thought to travel between hosts, and within one.
 BETWEEN_HOSTS, WITHIN_HOST = 250e6, 1e9
-#: For how many models the order of replicas is kept.
+#: For how many models and sessions the order of replicas is kept.
 MAX_RANKED = 1000
 
 
@@ -71,6 +74,8 @@ class Slot:
     #: How much longer one more request has to wait for each that is in it, in seconds;
     #: below 0: unknown.
     call_s: float = -1.0
+    #: Until when that is believed, since it may have had a bad day.
+    call_until: float = 0.0
     #: Calls that nobody waits for any more keep all its threads.
     stuck: bool = False
     #: How many slots it was asked for that it has not offered yet.
@@ -197,6 +202,7 @@ class Router:
         self._heard = True
         alike = self.call_s < NOISE * call_s and call_s < NOISE * self.call_s
         slot.call_s = -1.0 if alike else call_s
+        slot.call_until = now + TIME_VALID_S
         slot.others, slot.stuck = others, stuck
         slot.valid_until = math.inf if stuck else now + VALID_S
         slot.limit = max(1, min(limit, self.max_ongoing))
@@ -233,6 +239,8 @@ class Router:
     ) -> Slot | None:
         """Return the replica that can begin first, where values have to travel.
 
+        How long the call takes itself does not count: what was measured is of others.
+
         Parameters
         ----------
         bytes_at
@@ -252,7 +260,10 @@ class Router:
             near = max(here, on_host.get(host_of(slot.worker), 0))
             return (total_bytes - near) / BETWEEN_HOSTS + (near - here) / WITHIN_HOST
 
-        waits = [(self._wait(slot, now) + travel_s(slot), slot) for slot in self._open]
+        waits = [
+            (self._wait(slot, now) - self._call_s(slot, now) + travel_s(slot), slot)
+            for slot in self._open
+        ]
         best = min(waits, key=lambda pair: pair[0], default=(math.inf, None))
         return None if best[0] == math.inf else best[1]
 
@@ -285,6 +296,54 @@ class Router:
         if chosen is not None:
             models.expect(chosen, model_id, now)
         return chosen
+
+    def choose_for_session(
+        self,
+        session: str,
+        replica_id: int,
+        now: float,
+        *,
+        websockets: int = 0,
+        avoid: Slot | None = None,
+    ) -> Slot | None:
+        """Return the replica for a request of a session, which may have no slot now.
+
+        Parameters
+        ----------
+        session
+            What the order of replicas depends on, if it is not bound or cannot be used.
+        replica_id
+            The one that it is bound to; 0: none.
+        now
+            Time in seconds.
+        websockets
+            How many WebSockets a replica takes, if it is for one; else 0.
+        avoid
+            A replica to be taken only if there is no other.
+        """
+
+        def has_room(slot: Slot) -> bool:
+            if not slot.reachable:
+                return False
+            if websockets:
+                return slot.websockets < websockets
+            if slot.first_limit is None:
+                return self.is_free(slot, now)
+            # What waits for its thread waits for this one.
+            others = slot.others if slot.valid_until > now else 0
+            return slot.in_flight + others < self.max_ongoing
+
+        bound = self.slots.get(replica_id)
+        if bound is not None and bound is not avoid and has_room(bound):
+            return bound
+        for slot in self.ranked(session):
+            if slot is not avoid and has_room(slot):
+                return slot
+        return avoid if avoid is not None and has_room(avoid) else None
+
+    def is_free(self, slot: Slot, now: float) -> bool:
+        """Whether a replica has a slot, as far as is known."""
+        return slot.index >= 0 and self._wait(slot, now) != math.inf
 
     def choose_for_websocket(self, limit: int, now: float) -> Slot | None:
         """Return the replica with the fewest WebSockets, None if all have `limit`."""
@@ -361,6 +420,11 @@ class Router:
                     best, least = slot, wait
         return best
 
+    def _call_s(self, slot: Slot, now: float) -> float:
+        """Return the seconds that a call takes in a replica."""
+        known = slot.call_s >= 0.0 and slot.call_until > now
+        return slot.call_s if known else self.call_s
+
     def _wait(self, slot: Slot, now: float) -> float:
         """Return the seconds until one more request would be done; inf: it is full."""
         load = slot.in_flight
@@ -370,9 +434,7 @@ class Router:
                 return math.inf if load >= slot.limit else 1e6 + load
         if load >= slot.limit:
             return math.inf
-        call_s = slot.call_s
-        if call_s < 0.0:
-            call_s = self.call_s
+        call_s = self._call_s(slot, now)
         wait = call_s if slot.local else call_s + HOP_S
         return wait + load * (call_s - HOP_S) if call_s > HOP_S else wait
 
