@@ -693,8 +693,7 @@ def test_who_comes_during_a_pause_waits_for_its_end_only() -> None:
 
 async def where(dispatcher: Dispatcher, session: Session) -> int:
     """Return the replica that a call of a session is sent to."""
-    call = Call(dispatcher, "D")
-    call.session = session
+    call = Call(dispatcher, "D", session=session)
 
     def make(exchange_id: int, replica_id: int) -> Message:
         return (CALL, exchange_id, replica_id, replica_id)

@@ -182,10 +182,17 @@ class Forwarder:
         info.prefix, info.deployment = match
         window = self._windows.take()
         head = (*_head(scope, root_path, path, info), self._options.debug, window)
-        call = Call(self._dispatcher, info.deployment, model_id_of(info.headers))
         group = self._dispatcher.groups.get(info.deployment)
+        session = None
         if group is not None and (affinity := group.affinity) is not None:
-            call.session = affinity.session(scope["headers"], scope["query_string"])
+            session = affinity.session(scope["headers"], scope["query_string"])
+        call = Call(
+            self._dispatcher,
+            info.deployment,
+            model_id_of(info.headers),
+            session,
+            websocket=scope["type"] == "websocket",
+        )
         timeout_s = self._timeout_s(info, group)
         deadline = None
         if timeout_s is not None:

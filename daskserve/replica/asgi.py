@@ -15,6 +15,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from daskserve.replica.admission import Caller
 from daskserve.replica.sessions import Sessions
 from daskserve.transport.channel import ReplyTo
 from daskserve.transport.messages import (
@@ -92,10 +93,9 @@ class HttpExchange:
 
     __slots__ = ("_body", "_changed", "_charged", "_dropped", "_held", "_left",
                  "_max_chunk", "_more_body", "_on_the_way", "_sessions", "_start",
-                 "_starts", "_window", "admitted", "began", "disconnected", "entered",
-                 "exchange_id", "head",
-                 "reply_to", "response_complete", "response_started",
-                 "task")  # fmt: skip
+                 "_starts", "_window", "began", "disconnected", "entered",
+                 "exchange_id", "head", "reply_to", "response_complete",
+                 "response_started", "slot", "task")  # fmt: skip
 
     def __init__(
         self,
@@ -111,8 +111,8 @@ class HttpExchange:
         self.exchange_id: int = message[1]
         self.head = Head._make(message[3])
         self.task: asyncio.Task[None] | None = None
-        #: It has a slot of the replica, and since when.
-        self.admitted = True
+        #: Whose slot of the replica it has, and since when.
+        self.slot: Caller | None = None
         self.began = time.perf_counter()
         #: Its task has begun to run.
         self.entered = False

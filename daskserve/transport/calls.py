@@ -117,9 +117,13 @@ class _RunningCall:
     def __init__(self, dispatcher: Dispatcher, request: CallRequest) -> None:
         self._dispatcher = dispatcher
         self._request = request
-        self._call = Call(dispatcher, request.deployment, request.model_id)
-        self._call.near = request.near
-        self._call.session = request.session
+        self._call = Call(
+            dispatcher,
+            request.deployment,
+            request.model_id,
+            request.session,
+            request.near,
+        )
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 

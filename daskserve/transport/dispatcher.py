@@ -285,8 +285,18 @@ class Dispatcher:
         RequestError
             It can't wait, as there is no room for that, or no sense in it.
         """
-        if not group.wanted and not self._closed:
+        if group.wanted and not (group.waiting or group.connecting_until):
+            if not call.particular:  # as mostly, and so in the fewest steps
+                slot = group.router.choose(self.loop.time())
+                if slot is not None:
+                    group.router.begin(slot)
+                    call.assign(slot)
+                    return
+        elif not group.wanted and not self._closed:
             self._want(group)
+        self._submit(call, group)
+
+    def _submit(self, call: Call, group: Group) -> None:
         bound = None
         # Nobody overtakes those who wait for the same.
         if not group.waiting or call.returned or call.websocket or call.session:
@@ -379,7 +389,6 @@ class Dispatcher:
             slot.websockets += 1
         else:
             group.router.begin(slot)
-        group.begun += 1
         call.assign(slot)
 
     def _hand_out(self, group: Group) -> None:
@@ -533,7 +542,7 @@ class Dispatcher:
             for slot in group.router.slots.values()
         }
         running = {replica_id: n for replica_id, n in counts.items() if n}
-        return group.waiting, running, group.begun
+        return group.waiting, running, group.router.begun
 
     def _fail_waiting(self, group: Group, failure: Exception) -> None:
         for call in group.calls():

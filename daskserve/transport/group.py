@@ -29,7 +29,7 @@ class Group:
         Its name.
     """
 
-    __slots__ = ("_queue", "_returned", "affinity", "begun", "bound",
+    __slots__ = ("_queue", "_returned", "affinity", "bound",
                  "connecting_until", "hopeless", "info", "max_queued",
                  "max_websockets", "name", "router", "sessions", "timeout_s", "timer",
                  "waiting", "wanted")  # fmt: skip
@@ -37,8 +37,6 @@ class Group:
     def __init__(self, name: str) -> None:
         self.name = name
         self.router = Router()
-        #: How many requests were given to a replica, up to now.
-        self.begun = 0
         #: Whether connections are made; there may be no request from here ever.
         self.wanted = False
         #: Until when new replicas may not be reachable yet; 0: all are.

@@ -44,6 +44,8 @@ NOISE = 1.3
 WEIGHT = 0.05
 #: Bytes/s at which values are thought to travel between hosts, and within one.
 BETWEEN_HOSTS, WITHIN_HOST = 250e6, 1e9
+#: The wait for a replica without a slot, and what a stuck one adds.
+FULL, STUCK_S = math.inf, 1e6
 #: For how many models and sessions the order of replicas is kept.
 MAX_RANKED = 1000
 
@@ -104,6 +106,8 @@ class Router:
         self.max_ongoing = 1
         #: Requests of this caller in all replicas, those that drain included.
         self.in_flight = 0
+        #: How many were sent to replicas, up to now.
+        self.begun = 0
         #: What a call takes in most replicas, in seconds.
         self.call_s = UNKNOWN_CALL_S
         self._heard = False
@@ -139,9 +143,10 @@ class Router:
 
     def begin(self, slot: Slot) -> None:
         """Count a request that is sent to a replica; `end` it."""
-        slot.in_flight += 1
+        slot.in_flight = number = slot.in_flight + 1
         self.in_flight += 1
-        if slot.in_flight >= slot.limit:
+        self.begun += 1
+        if number >= slot.limit:
             self.note(slot)
 
     def end(self, slot: Slot) -> None:
@@ -220,12 +225,15 @@ class Router:
         """
         slots = self._open
         count = len(slots)
-        if count == 1 and slots[0].valid_until <= now:
-            return slots[0]
+        if count == 1:
+            slot = slots[0]
+            return slot if not slot.others or self._wait(slot, now) < FULL else None
         if count <= FEW:
-            # From anywhere on, so that the first does not get all that are alike.
-            i = int(self._random() * count)
-            best = self._best(slots[i:] + slots[:i], now, avoid)
+            best = self._best(slots, now, avoid)
+            if best is not None and (last := slots[-1]) is not best:
+                # Behind the others: all that are alike get their turn.
+                slots[best.index], slots[-1] = last, best
+                best.index, last.index = last.index, best.index
         else:
             drawn = [slots[int(self._random() * count)] for _ in range(SAMPLED)]
             drawn += [slot for slot in self._local if slot.index >= 0]
@@ -264,8 +272,8 @@ class Router:
             (self._wait(slot, now) - self._call_s(slot, now) + travel_s(slot), slot)
             for slot in self._open
         ]
-        best = min(waits, key=lambda pair: pair[0], default=(math.inf, None))
-        return None if best[0] == math.inf else best[1]
+        best = min(waits, key=lambda pair: pair[0], default=(FULL, None))
+        return None if best[0] == FULL else best[1]
 
     def choose_for_model(
         self, model_id: str, now: float, avoid: Slot | None = None
@@ -279,12 +287,12 @@ class Router:
         models = self.models
         holders = models.holders(model_id)
         there = self._best(holders, now, avoid)
-        wait = math.inf if there is None else self._wait(there, now)
+        wait = FULL if there is None else self._wait(there, now)
         if there is not None and wait < models.load_s:
             return there
         first = None
         for slot in self.ranked(model_id):
-            if slot is avoid or self._wait(slot, now) == math.inf or slot.index < 0:
+            if slot is avoid or self._wait(slot, now) == FULL or slot.index < 0:
                 continue
             first = first or slot
             if slot not in holders and models.has_room(slot, now):
@@ -343,7 +351,7 @@ class Router:
 
     def is_free(self, slot: Slot, now: float) -> bool:
         """Whether a replica has a slot, as far as is known."""
-        return slot.index >= 0 and self._wait(slot, now) != math.inf
+        return slot.index >= 0 and self._wait(slot, now) != FULL
 
     def choose_for_websocket(self, limit: int, now: float) -> Slot | None:
         """Return the replica with the fewest WebSockets, None if all have `limit`."""
@@ -412,12 +420,26 @@ class Router:
     def _best(
         self, slots: Iterable[Slot], now: float, avoid: Slot | None
     ) -> Slot | None:
-        best, least = None, math.inf
+        """Return the one with the least wait; as `_wait`, in line: it is in the way."""
+        best, least, usual_s = None, FULL, self.call_s
         for slot in slots:
-            if slot is not avoid and slot.index >= 0:
-                wait = self._wait(slot, now)
-                if wait < least:
-                    best, least = slot, wait
+            if slot is avoid or slot.index < 0:
+                continue
+            load = slot.in_flight
+            if slot.others and slot.valid_until > now:
+                load += slot.others
+            if load >= slot.limit:
+                continue
+            call_s = slot.call_s
+            if call_s < 0.0 or slot.call_until <= now:
+                call_s = usual_s
+            wait = call_s if slot.local else call_s + HOP_S
+            if call_s > HOP_S:
+                wait += load * (call_s - HOP_S)
+            if slot.stuck:
+                wait += STUCK_S
+            if wait < least:
+                best, least = slot, wait
         return best
 
     def _call_s(self, slot: Slot, now: float) -> float:
@@ -426,17 +448,17 @@ class Router:
         return slot.call_s if known else self.call_s
 
     def _wait(self, slot: Slot, now: float) -> float:
-        """Return the seconds until one more request would be done; inf: it is full."""
+        """Return the seconds until one more request would be done, or `FULL`."""
         load = slot.in_flight
         if slot.valid_until > now:
             load += slot.others
-            if slot.stuck:
-                return math.inf if load >= slot.limit else 1e6 + load
         if load >= slot.limit:
-            return math.inf
+            return FULL
         call_s = self._call_s(slot, now)
         wait = call_s if slot.local else call_s + HOP_S
-        return wait + load * (call_s - HOP_S) if call_s > HOP_S else wait
+        if call_s > HOP_S:
+            wait += load * (call_s - HOP_S)
+        return wait + STUCK_S if slot.stuck else wait
 
 
 def host_of(address: str) -> str:
