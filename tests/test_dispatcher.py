@@ -60,6 +60,8 @@ def refuse(replica: StandIn, reply_to: ReplyTo, message: Message) -> None:
 class StandIn:
     """A replica that hands each message to `answer`."""
 
+    deserted = 0
+
     def __init__(self, answer: Answer = echo) -> None:
         self.answer = answer
         self.messages: list[Message] = []
@@ -630,6 +632,32 @@ def test_slots_are_asked_for_where_others_have_all() -> None:
         assert replica.ops.count(CALL) == 201
         assert sum(wanted) >= 200 and len(wanted) < 20, wanted
         place.stop()
+
+    run(test)
+
+
+def test_calls_for_nobody_are_load() -> None:
+    async def test(_: Dispatcher) -> None:
+        replica = StandIn(keep)
+        replica.deserted = 2
+        dispatcher = Dispatcher(
+            asyncio.get_running_loop(),
+            connect,
+            local_address="tcp://here:1",
+            inboxes={1: replica},
+        )
+        news = snapshot()
+        news["deployments"]["D"]["replicas"].append(
+            [1, "D#1", "tcp://here:1", None, None]
+        )
+        dispatcher.update(1, news)
+        asking = asyncio.ensure_future(ask(dispatcher))
+        while not replica.messages:
+            await asyncio.sleep(0.005)
+        assert dispatcher._count_load("D") == (0, {1: 3}, 1)
+        asking.cancel()
+        await asyncio.wait([asking])
+        await dispatcher.close()
 
     run(test)
 

@@ -173,6 +173,11 @@ class Runner:
         return self._thread.loop
 
     @property
+    def deserted(self) -> int:
+        """Calls that run on though nobody waits for them."""
+        return self._servable.deserted
+
+    @property
     def first_limit(self) -> int | None:
         """How many requests callers send before they have heard; None: all."""
         return self._intake.first_limit

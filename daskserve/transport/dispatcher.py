@@ -541,6 +541,11 @@ class Dispatcher:
             slot.replica_id: slot.in_flight + slot.streams + slot.websockets
             for slot in group.router.slots.values()
         }
+        if self.connections.local is not None:
+            # No caller counts what nobody waits for.
+            for replica_id, inbox in list(self.connections.local.inboxes.items()):
+                if inbox.deserted and replica_id in counts:
+                    counts[replica_id] += inbox.deserted
         running = {replica_id: n for replica_id, n in counts.items() if n}
         return group.waiting, running, group.router.begun
 
