@@ -319,6 +319,16 @@ def test_plain_http_beyond_the_host_of_a_cluster_with_tls(
                 assert instance.http_urls[0].startswith("http://127.0.0.1:")
 
 
+def test_plain_http_on_a_cluster_with_tls_behind_a_gateway(
+    tls_cluster: ProcessCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = "gateway://gateway.example.org:8000/cluster"
+    monkeypatch.setattr("daskserve.session._address", lambda client: gateway)
+    with tls_cluster.client() as client:
+        with pytest.raises(ServeConfigError, match=r"has TLS \(tls://"):
+            serve.start(client, http_options={"host": "0.0.0.0", "port": 0})
+
+
 def test_plain_http_beyond_the_host_of_a_cluster_without(
     start: Callable[..., Site],
 ) -> None:
