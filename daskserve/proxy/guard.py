@@ -112,9 +112,9 @@ class GuardedProtocol(HttpProtocol):
         self._head_since: float | None = None
         #: Since when the next request is awaited; or was, if it is being answered.
         self.idle_since = self.loop.time()
-        #: No less than the size of the head until now.
-        self._head_bytes = 0
-        self._last_data = b""
+        #: What is being parsed; a part of it is left when an upgrade is not heeded.
+        self._data: bytes | memoryview = b""
+        self._rest: memoryview | None = None
         #: Since when, and from which size on, a response waits to be taken.
         self._unsent: tuple[float, int] | None = None
         self._linger_until: float | None = None
@@ -145,18 +145,24 @@ class GuardedProtocol(HttpProtocol):
         """Parse what the client sent."""
         if self._linger_until is not None:
             return
-        self._last_data = data
-        self._head_bytes += len(data)
+        self._data = data
+        self._overhead += len(data)
         super().data_received(data)
-        self._last_data = b""
-        if self._head_since is not None:
-            if self._head_bytes > self._guard.max_header_bytes:
+        while self._rest is not None:
+            self._data, self._rest = self._rest, None
+            super().data_received(self._data)  # type: ignore[arg-type]
+        self._data = b""
+        # Of the read in which a head begins or ends, none of it is counted: others
+        # may stand before it, many of them.
+        if self._overhead > self._guard.max_header_bytes:
+            if self._linger_until is None and not self.transport.is_closing():
                 self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        elif self._overhead < 0:
+            self._overhead = 0
 
     def on_message_begin(self) -> None:
         """Start the clock of a request's head."""
         super().on_message_begin()
-        self._head_bytes = len(self._last_data)
         if self._head_since is None:
             self._head_since = self.loop.time()
 
@@ -166,7 +172,7 @@ class GuardedProtocol(HttpProtocol):
         self._head_since = None
         if not self.flow.write_paused:  # what waits will grow by this response
             self._unsent = None
-        self._check_head()
+        self._check_head(self._overhead + len(self._data))
         super().on_headers_complete()
         if self._full:
             self.scope[FULL_KEY] = True  # type: ignore[literal-required]
@@ -178,14 +184,9 @@ class GuardedProtocol(HttpProtocol):
 
     def on_message_complete(self) -> None:
         """Note that the body is there."""
-        if not self.parser.should_upgrade() or self._should_upgrade():
+        if not self._other_protocol:
             super().on_message_complete()
-        # Else the parser takes what follows for another protocol, see `_read_on`.
-
-    def _unsupported_upgrade_warning(self) -> None:
-        error = sys.exception()
-        assert error is not None
-        self._read_on(self._last_data[error.args[0] :])
+        # Else the parser stops, see `_go_on_without`.
 
     def on_response_complete(self) -> None:
         """Wait for the next request; uvicorn's would set a timer for that."""
@@ -289,7 +290,7 @@ class GuardedProtocol(HttpProtocol):
         cycle.transport = self._gently_closed  # type: ignore[assignment]
         return cycle
 
-    def _read_on(self, rest: bytes) -> None:
+    def _go_on_without(self, data: bytes, end: int) -> None:
         """Go on as if no upgrade had been asked for (RFC 9110, 7.8, allows that).
 
         The parser has stopped after the head. Java's client asks for ``h2c`` with
@@ -300,9 +301,10 @@ class GuardedProtocol(HttpProtocol):
             for header in self.headers
             if header[0] in (b"content-length", b"transfer-encoding")
         ]
+        self._other_protocol = False
         self.parser = HttpRequestParser(_AfterUpgrade(self))
         self.parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % b"".join(framing))
-        self.data_received(rest)
+        self._rest = memoryview(data)[end:]
 
     def _responding(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
@@ -311,10 +313,10 @@ class GuardedProtocol(HttpProtocol):
     def _peer(self) -> str:
         return "a client" if self.client is None else f"{self.client[0]}"
 
-    def _check_head(self) -> None:
+    def _check_head(self, at_most: int) -> None:
         """Raise, which makes the parser stop, if the head is not to be accepted."""
         limit = self._guard.max_header_bytes
-        if self._head_bytes > limit:
+        if at_most > limit:
             parts = (len(name) + len(value) + 4 for name, value in self.headers)
             if len(self.url) + sum(parts) > limit:
                 self._verdict = _verdict(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
@@ -325,8 +327,8 @@ class GuardedProtocol(HttpProtocol):
             raise ValueError(self._verdict[1])
 
     def _refuse(self, status: HTTPStatus) -> None:
-        """Refuse a request whose head is not complete."""
-        if status == HTTPStatus.REQUEST_TIMEOUT and self._head_bytes == 0:
+        """Refuse a request whose head, or what stands beside its body, is too much."""
+        if status == HTTPStatus.REQUEST_TIMEOUT and self._has_head is not False:
             self.transport.abort()  # nothing was asked
             return
         self._head_since = None
