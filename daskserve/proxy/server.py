@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import uvicorn
@@ -26,6 +26,7 @@ from daskserve.proxy.steering import accept_all, reset, steer_away
 from daskserve.proxy.websocket_protocol import WebSocketProtocol
 from daskserve.proxy.windows import Windows
 from daskserve.transport.dispatcher import Dispatcher
+from daskserve.transport.forks import close_in_children
 from daskserve.transport.silence import keep_alive
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,17 @@ class HTTPServer:
         self._sock: socket.socket | None = None
         self._unix_inode: int | None = None
         self._adopting: set[asyncio.Task[Any]] = set()
+        close_in_children(self)
+
+    def files(self) -> Iterable[int]:
+        """Return the files of all sockets, for forked children to close."""
+        if self._sock is not None:
+            yield self._sock.fileno()
+        if self._server is not None:
+            for connection in list(self._server.server_state.connections):
+                sock = connection.transport.get_extra_info("socket")
+                if sock is not None:
+                    yield sock.fileno()
 
     async def start(
         self, *, port: int, share_port: bool, probe: bool, routes: Mapping[str, str]

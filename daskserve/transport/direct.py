@@ -19,7 +19,7 @@ import logging
 import secrets
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ import msgpack
 
 from daskserve.transport.channel import Channel, Exchange, Inbox
 from daskserve.transport.files import share_of_files
+from daskserve.transport.forks import close_in_children
 from daskserve.transport.messages import GOODBYE, PART, WELCOME, WHOLE, Message
 from daskserve.transport.outbox import BULK_BYTES, Outbox, data_bytes
 from daskserve.transport.parts import Joiner
@@ -261,6 +262,11 @@ class DirectListener:
         self._server: asyncio.Server | None = None
         self._pipes: set[_Accepted] = set()
         self._left = asyncio.Event()
+        close_in_children(self)
+
+    def files(self) -> Iterable[int]:
+        """Return the listening files, for forked children to close."""
+        return [s.fileno() for s in self._server.sockets] if self._server else []
 
     async def start(
         self, host: str, context: ssl.SSLContext | None, name: str | None = None
