@@ -26,6 +26,7 @@ from typing import Any, cast
 import msgpack
 
 from daskserve.transport.channel import Channel, Exchange, Inbox
+from daskserve.transport.complaints import Complaints
 from daskserve.transport.files import share_of_files
 from daskserve.transport.forks import close_in_children
 from daskserve.transport.messages import GOODBYE, PART, WELCOME, WHOLE, Message
@@ -41,6 +42,9 @@ WRITE_BUFFER_BYTES = 256 * 1024
 READ_BYTES = 256 * 1024
 #: What a stranger may send before the secret is due.
 MAX_HELLO_BYTES = 256
+#: What a message may have, and a tuple in it; some versions of msgpack make room for
+#: all that is announced at once, in 5 bytes.
+MAX_MESSAGE_BYTES, MAX_ITEMS = 2**31 - 1, 2**22
 #: The part of the files that the process may open which callers may take.
 ACCEPTED_SHARE = 1 / 16
 #: How long callers may take to leave a replica that says goodbye.
@@ -82,12 +86,7 @@ class _Pipe(asyncio.BufferedProtocol):
         self._loop = loop
         self._thread_id = threading.get_ident()
         self._transport: asyncio.Transport | None = None
-        self._unpacker = msgpack.Unpacker(
-            use_list=False,
-            strict_map_key=False,
-            unicode_errors="surrogatepass",
-            max_buffer_size=2**31 - 1,
-        )
+        self._unpacker = _unpacker(MAX_MESSAGE_BYTES)
         self._packer = msgpack.Packer(unicode_errors="surrogatepass")
         self._scratch = _scratch.view
         #: Where to read into; something else if data of a part comes next.
@@ -106,6 +105,11 @@ class _Pipe(asyncio.BufferedProtocol):
     def lost(self) -> None:
         """Note that the connection has ended."""
         raise NotImplementedError  # pragma: no cover
+
+    def cannot_read(self) -> None:
+        """End the connection: what has come is nothing that we understand."""
+        logger.exception("what came on a channel cannot be read")
+        self.abort()
 
     def send(self, message: Message) -> None:
         """Queue `message`; any thread."""
@@ -160,8 +164,7 @@ class _Pipe(asyncio.BufferedProtocol):
         try:
             batch = self._unpack(self._scratch[:nbytes])
         except Exception:
-            logger.exception("what came on a channel cannot be read")
-            self.abort()
+            self.cannot_read()
             return
         if batch:
             self.deliver(batch)
@@ -234,6 +237,18 @@ class _Pipe(asyncio.BufferedProtocol):
                 yield field
             else:
                 yield pack(field)
+
+
+def _unpacker(max_bytes: int) -> msgpack.Unpacker:
+    most = min(max_bytes, MAX_ITEMS)
+    return msgpack.Unpacker(
+        use_list=False,
+        strict_map_key=False,
+        unicode_errors="surrogatepass",
+        max_buffer_size=max_bytes,
+        max_array_len=most,
+        max_map_len=most,
+    )
 
 
 class DirectListener:
@@ -309,6 +324,7 @@ class DirectListener:
 
 #: Connections of callers to all replicas of this process, each on its replica's loop.
 _accepted, _accepted_lock = 0, threading.Lock()
+_strangers = Complaints(logger, "was turned away at the port of a replica")
 
 
 class _Accepted(_Pipe):
@@ -319,6 +335,7 @@ class _Accepted(_Pipe):
     ) -> None:
         super().__init__(loop)
         self.caller = ""
+        self._unpacker = _unpacker(MAX_HELLO_BYTES)
         self._listener = listener
         self._known = False
         self._received = 0
@@ -340,7 +357,7 @@ class _Accepted(_Pipe):
             self._received += nbytes
             if self._received > MAX_HELLO_BYTES:
                 # The caller sends nothing else before it is told that it is known.
-                self.abort()
+                self._turn_away("no secret came")
                 return
         super().buffer_updated(nbytes)
 
@@ -353,13 +370,19 @@ class _Accepted(_Pipe):
         secret, caller = first if is_hello else (b"", "")
         if hmac.compare_digest(secret, self._listener._secret):
             self._known = True
+            self._unpacker = _unpacker(MAX_MESSAGE_BYTES)
             self.caller = caller
             self._joiner = Joiner()
             self._timer.cancel()
             self.send((WELCOME, 0))
         else:
-            logger.warning("somebody without the secret connected to a replica")
-            self.abort()
+            self._turn_away("the secret was wrong")
+
+    def cannot_read(self) -> None:
+        if self._known:
+            super().cannot_read()
+        else:
+            self._turn_away("what came is no message")
 
     def lost(self) -> None:
         global _accepted
@@ -372,7 +395,12 @@ class _Accepted(_Pipe):
 
     def _secret_due(self) -> None:
         if not self._known:
-            self.abort()
+            self._turn_away(f"no secret came within {SECRET_TIMEOUT_S:g} s")
+
+    def _turn_away(self, why: str) -> None:
+        if self._transport is not None:
+            _strangers.about(self._transport.get_extra_info("peername"), why)
+        self.abort()
 
 
 class DirectChannel(Channel):
