@@ -207,6 +207,33 @@ def test_strangers_get_no_memory(caplog: pytest.LogCaptureFixture) -> None:
     assert len(caplog.records) <= 1  # however many there are
 
 
+def test_silent_strangers_are_cut_before_their_handshake(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(direct, "SECRET_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(direct, "share_of_files", lambda share: 5)
+    security = Security.temporary()
+    server = security.get_listen_args("worker")["ssl_context"]
+    client = security.get_connection_args("worker")["ssl_context"]
+
+    async def test(replica: Replica) -> None:
+        address = await replica.listen(server)
+        silent = [
+            await asyncio.open_connection(address.host, address.port) for _ in range(20)
+        ]
+        tls: Any = replica.listener._server
+        await until(lambda: len(tls.handshakes) == 5)
+        channel = await open_channel(address, client)  # there is room for who is quick
+        read = [read_all(reader) for reader, _ in silent]
+        assert not any(await asyncio.gather(*read))
+        assert not tls.handshakes
+        for _, writer in silent:
+            writer.close()
+        channel.close("done")
+
+    run(test)
+
+
 def test_messages_have_bounds() -> None:
     async def test(replica: Replica) -> None:
         channel = await open_channel(await replica.listen())

@@ -27,6 +27,7 @@ from daskserve.proxy.websocket_protocol import WebSocketProtocol
 from daskserve.proxy.windows import Windows
 from daskserve.transport.dispatcher import Dispatcher
 from daskserve.transport.forks import close_in_children
+from daskserve.transport.handshakes import TlsListener
 from daskserve.transport.silence import keep_alive
 
 logger = logging.getLogger(__name__)
@@ -169,11 +170,12 @@ class HTTPServer:
         loop = asyncio.get_running_loop()
         assert self._server is not None
         for connection in connections:
+            if self._guard.listener is not None:
+                self._guard.listener.begin(connection)
+                continue
             connection.setblocking(False)
             task = loop.create_task(
-                loop.connect_accepted_socket(
-                    self._server.make_protocol, connection, ssl=self._server.config.ssl
-                )
+                loop.connect_accepted_socket(self._server.make_protocol, connection)
             )
             self._adopting.add(task)
             task.add_done_callback(self._adopted)
@@ -211,6 +213,7 @@ class HTTPServer:
         await asyncio.wait([self._task], timeout=drain_s)
         self._server.force_exit = True
         await asyncio.wait([self._task], timeout=1)
+        self._guard.release_files()
         if self._options.uds is not None:
             with contextlib.suppress(OSError):
                 if os.stat(self._options.uds).st_ino == self._unix_inode:
@@ -304,7 +307,20 @@ class _Server(uvicorn.Server):
         return protocol
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        context = self.config.ssl
+        if context is None or sockets is None:
+            await super().startup(sockets)
+        else:
+            await super().startup([])
+            guard = self._guard
+            guard.listener = TlsListener(
+                sockets[0],
+                context,
+                self.make_protocol,
+                guard.header_timeout_s,
+                guard.admit_handshake,
+            )
+            self.servers = [guard.listener]  # type: ignore[list-item]
         self.ready.set()
 
     async def on_tick(self, counter: int) -> bool:

@@ -17,6 +17,7 @@ import contextlib
 import hmac
 import logging
 import secrets
+import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,7 @@ from daskserve.transport.channel import Channel, Exchange, Inbox
 from daskserve.transport.complaints import Complaints
 from daskserve.transport.files import share_of_files
 from daskserve.transport.forks import close_in_children
+from daskserve.transport.handshakes import TlsListener
 from daskserve.transport.messages import GOODBYE, PART, WELCOME, WHOLE, Message
 from daskserve.transport.outbox import BULK_BYTES, Outbox, data_bytes
 from daskserve.transport.parts import Joiner
@@ -45,6 +47,8 @@ MAX_HELLO_BYTES = 256
 #: What a message may have, and a tuple in it; some versions of msgpack make room for
 #: all that is announced at once, in 5 bytes.
 MAX_MESSAGE_BYTES, MAX_ITEMS = 2**31 - 1, 2**22
+#: How many may wait to be accepted.
+BACKLOG = 100
 #: The part of the files that the process may open which callers may take.
 ACCEPTED_SHARE = 1 / 16
 #: How long callers may take to leave a replica that says goodbye.
@@ -274,7 +278,7 @@ class DirectListener:
         self._deliver = deliver
         self._watch = watch
         self._secret = secrets.token_bytes(16)
-        self._server: asyncio.Server | None = None
+        self._server: asyncio.Server | TlsListener | None = None
         self._pipes: set[_Accepted] = set()
         self._left = asyncio.Event()
         close_in_children(self)
@@ -298,9 +302,24 @@ class DirectListener:
         def accept() -> _Accepted:
             return _Accepted(loop, self)
 
-        self._server = await loop.create_server(accept, host, 0, ssl=context)
+        if context is None:
+            self._server = await loop.create_server(accept, host, 0)
+        else:
+            sock = await _listen(host)
+            self._server = TlsListener(
+                sock, context, accept, SECRET_TIMEOUT_S, self._admit_handshake
+            )
         port = self._server.sockets[0].getsockname()[1]
         return DirectAddress(name or host, port, self._secret)
+
+    def _admit_handshake(self) -> bool:
+        assert isinstance(self._server, TlsListener)
+        there = _accepted + len(self._server.handshakes)
+        return there < share_of_files(ACCEPTED_SHARE) or self._server.drop_oldest()
+
+    def _shaken(self, pipe: _Accepted) -> None:
+        if isinstance(self._server, TlsListener):
+            self._server.handshakes.pop(pipe, None)
 
     async def say_goodbye(self) -> None:
         """Send callers away; what they have sent meanwhile is still answered."""
@@ -320,6 +339,24 @@ class DirectListener:
             self._server.close()
         for pipe in list(self._pipes):
             pipe.close()
+
+
+async def _listen(host: str) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    family, kind, number, _, address = (
+        await loop.getaddrinfo(
+            host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    )[0]
+    sock = socket.socket(family, kind, number)
+    try:
+        sock.setblocking(False)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 #: Connections of callers to all replicas of this process, each on its replica's loop.
@@ -343,6 +380,7 @@ class _Accepted(_Pipe):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self._listener._shaken(self)
         self._listener._pipes.add(self)
         self.watch(self._listener._watch, self.abort)
         with _accepted_lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -33,9 +34,28 @@ def raise_max_files() -> int:
     return max_files()
 
 
+def reserve_files(count: int) -> list[int]:
+    """Open that many files, or fewer, only to have them."""
+    opened: list[int] = []
+    with contextlib.suppress(OSError):
+        while len(opened) < count:
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    return opened
+
+
+def missing_files(count: int) -> int:
+    """Return how many of `count` files this process could not open now."""
+    opened = reserve_files(count)
+    for file in opened:
+        os.close(file)
+    return count - len(opened)
+
+
 def open_files() -> int | None:
     """Return how many files this process has open; None where that is not told."""
     try:
-        return len(os.listdir("/proc/self/fd"))
+        # Since Linux 6.2 the kernel has counted them.
+        size = os.stat("/proc/self/fd").st_size
+        return size or len(os.listdir("/proc/self/fd"))
     except OSError:
         return None
