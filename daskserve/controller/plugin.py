@@ -273,9 +273,10 @@ class ServeController(SchedulerPlugin):
         period_s: float,
         patience_s: float,
         troubles: list[Trouble],
+        files: str = "",
     ) -> None:
         if self._instance is not None:
-            self._instance.health_report(worker, period_s, patience_s, troubles)
+            self._instance.health_report(worker, period_s, patience_s, troubles, files)
 
     # Ops.
 
