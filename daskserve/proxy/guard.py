@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable
 from http import HTTPStatus
@@ -21,6 +22,8 @@ from daskserve.config import HTTPOptions
 from daskserve.proxy.express import Express
 from daskserve.proxy.http_protocol import HttpProtocol
 from daskserve.proxy.request import FULL_KEY
+from daskserve.transport.files import max_files, missing_files, reserve_files
+from daskserve.transport.handshakes import TlsListener
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,11 @@ MIN_RATE = 240
 LINGER_S = 5.0
 #: Connections beyond the limit that still get an answer, health checks a real one.
 SPARE_CONNECTIONS = 64
+#: So many files are to be free: with fewer, who waits for nothing has to go. And so
+#: many are kept for when others in this process have taken all.
+FREE_FILES, RESERVED_FILES = 16, 8
+#: Seconds between two warnings of that.
+FILES_WARNING_S = 60.0
 
 
 class Guard:
@@ -52,12 +60,19 @@ class Guard:
         #: The quick way of requests, if there is one.
         self.express: Express | None = None
         # The rest of the files is for the worker's own connections and user code.
-        self.max_connections = min(options.max_connections, _max_files() // 2)
+        self.max_connections = min(options.max_connections, max_files() // 2)
+        self.spare_connections = min(SPARE_CONNECTIONS, max_files() // 16)
         self.connections: set[GuardedProtocol] = set()
         #: Those between two requests; who has been idle for longest comes first.
         self.idle: dict[GuardedProtocol, None] = {}
         #: Whether connections end with the response that they wait for next.
         self.closing = False
+        #: Where TLS connections are before they are in `connections`.
+        self.listener: TlsListener | None = None
+        #: Whether hardly any files can be opened.
+        self.short_of_files = False
+        self._reserve: list[int] = []
+        self._warn_after = 0.0
 
     @property
     def protocol(self) -> Callable[..., asyncio.Protocol]:
@@ -70,6 +85,55 @@ class Guard:
             connection.check(now)
         if self.express is not None:
             self.express.sweep(now)
+        self.look_at_files(now)
+
+    def admit_handshake(self) -> bool:
+        """Whether one more TLS connection may come, for which room is made."""
+        assert self.listener is not None
+        there = len(self.connections) + len(self.listener.handshakes)
+        excess = there + 1 - self.max_connections
+        return excess <= 0 or self.make_room() or excess <= self.spare_connections
+
+    def has_room(self, connection: GuardedProtocol) -> tuple[bool, bool]:
+        """Whether a new connection is to be served, and whether it is to be heard."""
+        if self.listener is not None:
+            self.listener.handshakes.pop(connection, None)
+        excess = len(connection.connections) - self.max_connections
+        if self.listener is not None:
+            excess += len(self.listener.handshakes)
+        if excess <= 0:
+            if self.short_of_files:
+                self.make_room()
+            return True, True
+        return self.make_room(), excess <= self.spare_connections
+
+    def look_at_files(self, now: float) -> None:
+        """See that some files can be opened, if only by who asks whether we live."""
+        missing = missing_files(FREE_FILES)
+        self.short_of_files = missing > 0
+        if not missing:
+            if not self._reserve and not missing_files(FREE_FILES + RESERVED_FILES):
+                self._reserve = reserve_files(RESERVED_FILES)
+            return
+        closed = 0
+        while closed < missing and self.make_room():
+            closed += 1
+        if closed < missing:
+            self.release_files()
+        if now >= self._warn_after:
+            self._warn_after = now + FILES_WARNING_S
+            logger.warning(
+                "Hardly any of the %d files that this process may open (ulimit -n) is "
+                "left: closed %d idle or half-open connections",
+                max_files(),
+                closed,
+            )
+
+    def release_files(self) -> None:
+        """Let others have what is kept for need."""
+        for file in self._reserve:
+            os.close(file)
+        self._reserve = []
 
     def close_gently(self) -> None:
         """Let every connection end with its next response, which says so."""
@@ -85,7 +149,9 @@ class Guard:
                 connection.transport.close()
 
     def make_room(self) -> bool:
-        """Close the connection that has been idle for longest, if there is one."""
+        """Close what has been half-open or idle for longest, if there is anything."""
+        if self.listener is not None and self.listener.drop_oldest():
+            return True
         connection = next(iter(self.idle), None)
         if connection is None:
             return False
@@ -112,9 +178,9 @@ class GuardedProtocol(HttpProtocol):
         self._head_since: float | None = None
         #: Since when the next request is awaited; or was, if it is being answered.
         self.idle_since = self.loop.time()
-        #: No less than the size of the head until now.
-        self._head_bytes = 0
-        self._last_data = b""
+        #: What is being parsed; a part of it is left when an upgrade is not heeded.
+        self._data: bytes | memoryview = b""
+        self._rest: memoryview | None = None
         #: Since when, and from which size on, a response waits to be taken.
         self._unsent: tuple[float, int] | None = None
         self._linger_until: float | None = None
@@ -127,9 +193,9 @@ class GuardedProtocol(HttpProtocol):
         """Admit the connection if there is room, or can be made."""
         super().connection_made(transport)
         guard = self._guard
-        excess = len(self.connections) - guard.max_connections
-        self._full = excess > 0 and not guard.make_room()
-        if self._full and excess > SPARE_CONNECTIONS:
+        room, heard = guard.has_room(self)
+        self._full = not room
+        if not (room or heard):
             transport.abort()
         self._gently_closed = _GentlyClosed(self)
         guard.connections.add(self)
@@ -145,18 +211,24 @@ class GuardedProtocol(HttpProtocol):
         """Parse what the client sent."""
         if self._linger_until is not None:
             return
-        self._last_data = data
-        self._head_bytes += len(data)
+        self._data = data
+        self._overhead += len(data)
         super().data_received(data)
-        self._last_data = b""
-        if self._head_since is not None:
-            if self._head_bytes > self._guard.max_header_bytes:
+        while self._rest is not None:
+            self._data, self._rest = self._rest, None
+            super().data_received(self._data)  # type: ignore[arg-type]
+        self._data = b""
+        # Of the read in which a head begins or ends, none of it is counted: others
+        # may stand before it, many of them.
+        if self._overhead > self._guard.max_header_bytes:
+            if self._linger_until is None and not self.transport.is_closing():
                 self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        elif self._overhead < 0:
+            self._overhead = 0
 
     def on_message_begin(self) -> None:
         """Start the clock of a request's head."""
         super().on_message_begin()
-        self._head_bytes = len(self._last_data)
         if self._head_since is None:
             self._head_since = self.loop.time()
 
@@ -166,7 +238,7 @@ class GuardedProtocol(HttpProtocol):
         self._head_since = None
         if not self.flow.write_paused:  # what waits will grow by this response
             self._unsent = None
-        self._check_head()
+        self._check_head(self._overhead + len(self._data))
         super().on_headers_complete()
         if self._full:
             self.scope[FULL_KEY] = True  # type: ignore[literal-required]
@@ -178,14 +250,9 @@ class GuardedProtocol(HttpProtocol):
 
     def on_message_complete(self) -> None:
         """Note that the body is there."""
-        if not self.parser.should_upgrade() or self._should_upgrade():
+        if not self._other_protocol:
             super().on_message_complete()
-        # Else the parser takes what follows for another protocol, see `_read_on`.
-
-    def _unsupported_upgrade_warning(self) -> None:
-        error = sys.exception()
-        assert error is not None
-        self._read_on(self._last_data[error.args[0] :])
+        # Else the parser stops, see `_go_on_without`.
 
     def on_response_complete(self) -> None:
         """Wait for the next request; uvicorn's would set a timer for that."""
@@ -289,7 +356,7 @@ class GuardedProtocol(HttpProtocol):
         cycle.transport = self._gently_closed  # type: ignore[assignment]
         return cycle
 
-    def _read_on(self, rest: bytes) -> None:
+    def _go_on_without(self, data: bytes, end: int) -> None:
         """Go on as if no upgrade had been asked for (RFC 9110, 7.8, allows that).
 
         The parser has stopped after the head. Java's client asks for ``h2c`` with
@@ -300,9 +367,10 @@ class GuardedProtocol(HttpProtocol):
             for header in self.headers
             if header[0] in (b"content-length", b"transfer-encoding")
         ]
+        self._other_protocol = False
         self.parser = HttpRequestParser(_AfterUpgrade(self))
         self.parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % b"".join(framing))
-        self.data_received(rest)
+        self._rest = memoryview(data)[end:]
 
     def _responding(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
@@ -311,10 +379,10 @@ class GuardedProtocol(HttpProtocol):
     def _peer(self) -> str:
         return "a client" if self.client is None else f"{self.client[0]}"
 
-    def _check_head(self) -> None:
+    def _check_head(self, at_most: int) -> None:
         """Raise, which makes the parser stop, if the head is not to be accepted."""
         limit = self._guard.max_header_bytes
-        if self._head_bytes > limit:
+        if at_most > limit:
             parts = (len(name) + len(value) + 4 for name, value in self.headers)
             if len(self.url) + sum(parts) > limit:
                 self._verdict = _verdict(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
@@ -325,8 +393,8 @@ class GuardedProtocol(HttpProtocol):
             raise ValueError(self._verdict[1])
 
     def _refuse(self, status: HTTPStatus) -> None:
-        """Refuse a request whose head is not complete."""
-        if status == HTTPStatus.REQUEST_TIMEOUT and self._head_bytes == 0:
+        """Refuse a request whose head, or what stands beside its body, is too much."""
+        if status == HTTPStatus.REQUEST_TIMEOUT and self._has_head is not False:
             self.transport.abort()  # nothing was asked
             return
         self._head_since = None
@@ -390,14 +458,6 @@ class _GentlyClosed:
             connection.linger()
         else:
             connection.transport.close()
-
-
-def _max_files() -> int:
-    if sys.platform == "win32":
-        return 2**15
-    import resource
-
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def _verdict(status: HTTPStatus) -> tuple[HTTPStatus, str]:

@@ -26,6 +26,8 @@ from daskserve.proxy.request import CONNECTION_KEY
 ASGI_VERSIONS = {"version": "3.0", "spec_version": "2.3"}
 #: Pauses in reading that are shorter are not watched: most of them are.
 UNWATCHED_PAUSE_S = 0.5
+#: How long the lines are, each with its CRLFs, that chunks of a body may need.
+CHUNK_LINE_BYTES = 24
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -35,7 +37,8 @@ class HttpProtocol(HttpToolsProtocol):
     complete may go the quick way; for others uvicorn's cycle is made, and a task.
 
     uvicorn tells only the newest request of a connection that it was lost. With others
-    sent behind it (pipelining), the one that runs would stream on to nobody.
+    sent behind it (pipelining), the one that runs would stream on to nobody. And it
+    would take trailers for headers, of a request that has begun.
     """
 
     #: Called when the connection is lost; for whoever does not wait in ``receive``.
@@ -47,6 +50,12 @@ class HttpProtocol(HttpToolsProtocol):
     _pending = False
     _body = b""
     _keep_alive = True
+    #: The head has come; what is like a header then is a trailer.
+    _has_head = False
+    #: The request is a WebSocket's handshake; one that asks for another protocol.
+    _websocket = _other_protocol = False
+    #: At least what came since the head began, or ended, and is no body.
+    _overhead = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin."""
@@ -60,11 +69,11 @@ class HttpProtocol(HttpToolsProtocol):
         except httptools.HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
             return
-        except httptools.HttpParserUpgrade:
-            if self._should_upgrade():
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._websocket:
                 self.handle_websocket_upgrade()
             else:
-                self._unsupported_upgrade_warning()
+                self._go_on_without(data, upgrade.args[0])
             return
         if self._pending:
             self._begin_ordinarily(more_body=True)
@@ -77,6 +86,17 @@ class HttpProtocol(HttpToolsProtocol):
         self.expect_100_continue = False
         self.headers = []
         self._body = b""
+        self._has_head = False
+        self._overhead = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; trailers are dropped (RFC 9110, 6.5.1)."""
+        if self._has_head:
+            return
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """Make the request's scope, and keep it until its body is there."""
@@ -96,8 +116,14 @@ class HttpProtocol(HttpToolsProtocol):
             CONNECTION_KEY: self,
         }
         self.scope = scope  # type: ignore[assignment]
-        if parser.should_upgrade() and self._should_upgrade():
-            return
+        self._has_head = True
+        self._overhead = 0
+        self._websocket = self._other_protocol = False
+        if parser.should_upgrade():
+            self._websocket = self._should_upgrade()
+            self._other_protocol = not self._websocket
+            if self._websocket:
+                return
         raw_path, scope["query_string"] = _split(self.url)
         path = raw_path.decode("ascii")
         scope["path"] = unquote(path) if "%" in path else path
@@ -112,6 +138,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
+        self._overhead -= len(body) + CHUNK_LINE_BYTES
         if not self._pending:
             return super().on_body(body)
         self._body += body
@@ -132,6 +159,10 @@ class HttpProtocol(HttpToolsProtocol):
             self._begin(self.express.front, more_body=False)
 
     # Parts.
+
+    def _go_on_without(self, data: bytes, end: int) -> None:
+        """Go on behind a head that asks for a protocol which is not known here."""
+        raise NotImplementedError
 
     def take_over(self, request: ExpressRequest, scope: Any, body: bytes) -> None:
         """Go on with a request that the quick way has begun, in a task of its own."""
