@@ -297,7 +297,11 @@ async def _start(
     if not isinstance(session, ClientSession):  # inside the cluster: it runs
         return await _connect(session)
     client = session.client
-    _check_exposure(options, session.address)
+    if options.exposed and not options.allow_plain_http:
+        # A client's own address, as a gateway's, says nothing about the cluster.
+        scheduler: Any = client.scheduler
+        identity = await scheduler.identity(n_workers=0)
+        _check_exposure(options, identity["address"])
     await environment.check(client)
     await client.register_plugin(ServeController(), name=NAME)
     info = await session.rpc(
@@ -323,8 +327,7 @@ async def _start(
 
 def _check_exposure(options: HTTPOptions, scheduler: str) -> None:
     """Refuse to undo, by plain HTTP, what a cluster's TLS is there for."""
-    encrypted = scheduler.startswith(("tls://", "wss://"))
-    if encrypted and options.exposed and not options.allow_plain_http:
+    if scheduler.startswith(("tls://", "wss://")):
         raise ServeConfigError(
             f"host={options.host!r} would serve HTTP beyond this machine without TLS, "
             f"from a cluster that has TLS ({scheduler}): give ssl_certfile and "

@@ -303,6 +303,34 @@ def _workers(value: object) -> tuple[str, ...]:
     return tuple(addresses)
 
 
+def _affinity(value: object) -> dict[str, str]:
+    kinds = {
+        "header": r"[!#$%&'*+.^_`|~0-9A-Za-z-]+",
+        "cookie": r"[!#$%&'*+.^_`|~0-9A-Za-z-]+",
+        "query": r"[^\x00-\x1f\x7f\ud800-\udfff]+",
+    }
+    if (
+        not isinstance(value, Mapping)
+        or len(value) != 1
+        or not kinds.keys() >= value.keys()
+    ):
+        raise ValueError(
+            f"{value!r} is not allowed: give one of {{'header': name}}, "
+            "{'cookie': name} and {'query': name}, or None"
+        )
+    ((kind, name),) = value.items()
+    if (
+        not isinstance(name, str)
+        or len(name) > _MAX_NAME_LENGTH
+        or not re.fullmatch(kinds[kind], name)
+    ):
+        what = "parameter of the query" if kind == "query" else kind
+        raise ValueError(f"{name!r} is not the name of a {what}")
+    if kind == "header" and name.lower() in ("cookie", "set-cookie"):
+        raise ValueError(f"{name!r} holds many cookies: give {{'cookie': name}} of one")
+    return {kind: name.lower() if kind == "header" else name}
+
+
 Seconds = Annotated[float, PlainValidator(duration)]
 PositiveSeconds = Annotated[Seconds, AfterValidator(_positive)]
 ByteCount = Annotated[int, PlainValidator(_byte_count)]
@@ -690,6 +718,10 @@ class DeploymentOptions(_Options):
         Sync calls that run at once in a replica, 1 or more.
     max_queued_requests
         Requests that may wait, over all replicas, 0 or more; None, or -1, for no limit.
+    session_affinity
+        Where a request has the id of its session: ``{"header": name}``,
+        ``{"cookie": name}`` or ``{"query": name}``. A session stays on its replica
+        while that lives and has room. None: each request goes to any.
     resources
         Dask resources that each replica takes, such as ``{"GPU": 1}``.
     workers
@@ -742,6 +774,7 @@ class DeploymentOptions(_Options):
     max_queued_requests: Annotated[int, _whole_number(0)] | None = _configured(
         "deployment.max-queued-requests"
     )
+    session_affinity: Annotated[dict[str, str], PlainValidator(_affinity)] | None = None
     resources: Annotated[dict[str, float], PlainValidator(_resources)] | None = None
     workers: Annotated[tuple[str, ...], PlainValidator(_workers)] | None = None
     health_check_period_s: PositiveSeconds = _configured(

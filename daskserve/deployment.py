@@ -323,6 +323,7 @@ class Deployment:
             max_ongoing_requests=options.max_ongoing_requests,
             max_websockets=options.max_websockets,
             max_queued_requests=options.max_queued_requests,
+            session_affinity=options.session_affinity,
             resources=options.resources or {},
             workers=options.workers or (),
             request_timeout_s=options.request_timeout_s,
@@ -393,9 +394,11 @@ def deployment(
         ``name`` (default: the class's), ``route_prefix`` (default ``/{name}``, None for
         no HTTP), ``num_replicas`` (1), ``init_args``, ``init_kwargs``, ``version``,
         ``prev_version``, ``user_config``, ``max_ongoing_requests`` (100 in each
-        replica), ``threads`` (1 in each replica), ``max_queued_requests`` (1000),
-        ``resources`` and ``workers`` (as in Dask), ``request_timeout_s`` (default: the
-        instance's), ``deploy_timeout_s`` (300), ``graceful_shutdown_timeout_s`` (20),
+        replica), ``max_websockets`` (1000) and ``threads`` (1), likewise,
+        ``max_queued_requests`` (1000), ``session_affinity`` (None; where the id of a
+        session is, such as ``{"cookie": "session"}``), ``resources`` and ``workers``
+        (as in Dask), ``request_timeout_s`` (default: the instance's),
+        ``deploy_timeout_s`` (300), ``graceful_shutdown_timeout_s`` (20),
         ``graceful_shutdown_wait_loop_s`` (2), ``health_check_period_s`` (10),
         ``health_check_timeout_s`` (30), ``abandoned_call_timeout_s`` (600): see the
         notes. Times are seconds or strings such as ``"500ms"``.

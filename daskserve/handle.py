@@ -24,9 +24,13 @@ from daskserve.response_stream import (
 )
 from daskserve.session import ClientSession, Session, WorkerSession, current_session
 from daskserve.transport import values
+from daskserve.transport.affinity import Session as CallSession
 from daskserve.transport.calls import Answer, CallRequest
 from daskserve.transport.items import Items
 from daskserve.transport.messages import RESULT, Message
+
+#: Of a `session_id` of a handle.
+MAX_SESSION_ID_BYTES = 1024
 
 
 class DeploymentResponse(BaseActorFuture[Any]):
@@ -163,6 +167,8 @@ class DeploymentHandle:
         The model that its calls are for; see `daskserve.multiplexed`.
     stream
         Whether calls return the items of a generator, one by one.
+    session_id
+        The session that its calls belong to; "": none.
 
     Examples
     --------
@@ -171,7 +177,8 @@ class DeploymentHandle:
     >>> await handle.increment.remote(by=2)  # doctest: +SKIP
     """
 
-    __slots__ = ("_deployment", "_method_name", "_model_id", "_session", "_stream")
+    __slots__ = ("_deployment", "_method_name", "_model_id", "_session", "_session_id",
+                 "_stream")  # fmt: skip
 
     def __init__(
         self,
@@ -179,6 +186,7 @@ class DeploymentHandle:
         method_name: str = "__call__",
         multiplexed_model_id: str = "",
         stream: bool = False,
+        session_id: str = "",
         *,
         _session: Session | None = None,
     ) -> None:
@@ -186,6 +194,7 @@ class DeploymentHandle:
         self._method_name = method_name
         self._model_id = multiplexed_model_id
         self._stream = stream
+        self._session_id = session_id
         self._session = _session
 
     @property
@@ -199,6 +208,7 @@ class DeploymentHandle:
         method_name: str | None = None,
         multiplexed_model_id: str | None = None,
         stream: bool | None = None,
+        session_id: str | None = None,
     ) -> DeploymentHandle:
         """Return another handle of the same deployment; what is not given is as here.
 
@@ -211,21 +221,33 @@ class DeploymentHandle:
         stream
             Whether its calls return a `DeploymentResponseGenerator`: the method is a
             generator, sync or async.
+        session_id
+            The session that its calls belong to, up to 1 KiB: they go to one replica
+            while that lives and has room. It is the replica of HTTP requests with this
+            id, where the deployment has ``session_affinity``. "" for none.
         """
         for option, value in (
             ("method_name", method_name),
             ("multiplexed_model_id", multiplexed_model_id),
+            ("session_id", session_id),
         ):
             if value is not None and not isinstance(value, str):
                 raise TypeError(f"{option}={value!r} is not a string")
         if stream is not None and not isinstance(stream, bool):
             raise TypeError(f"stream={stream!r} is not a bool")
+        session = self._session_id if session_id is None else session_id
+        size = len(_session_bytes(session))
+        if size > MAX_SESSION_ID_BYTES:
+            raise ValueError(
+                f"session_id has {size} bytes; {MAX_SESSION_ID_BYTES} are allowed"
+            )
         model_id = multiplexed_model_id
         return DeploymentHandle(
             self._deployment,
             method_name or self._method_name,
             self._model_id if model_id is None else model_id,
             self._stream if stream is None else stream,
+            session,
             _session=self._session,
         )
 
@@ -304,6 +326,8 @@ class DeploymentHandle:
             None if context is None else context.request_id,
             self._model_id,
         )
+        if self._session_id:
+            request.session = CallSession.of(_session_bytes(self._session_id))
         if self._stream:
             request.items = Items(session.settings.window_bytes)
         return request
@@ -356,8 +380,18 @@ class DeploymentHandle:
         )
 
     @property
-    def _identity(self) -> tuple[str, str, str, bool]:
-        return self._deployment, self._method_name, self._model_id, self._stream
+    def _identity(self) -> tuple[str, str, str, bool, str]:
+        return (
+            self._deployment,
+            self._method_name,
+            self._model_id,
+            self._stream,
+            self._session_id,
+        )
+
+
+def _session_bytes(session_id: str) -> bytes:
+    return session_id.encode("utf-8", "surrogatepass")
 
 
 _background: set[asyncio.Task[None]] = set()

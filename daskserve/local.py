@@ -202,6 +202,7 @@ class LocalApp:
                     health_check_period_s=options.health_check_period_s,
                     health_check_timeout_s=options.health_check_timeout_s,
                     threads=options.threads,
+                    session_affinity=options.session_affinity,
                 )
                 runner = Runner(
                     spec, report, self.session, self.session.settings.window_bytes
@@ -246,6 +247,7 @@ class LocalApp:
             "max_websockets": options.max_websockets,
             "timeout_s": options.request_timeout_s,
             "hopeless": False,
+            "session_affinity": options.session_affinity,
         }
 
 

@@ -27,7 +27,10 @@ def _check_state(
     """Refuse what cannot be written before the scheduler starts."""
     if where is not None:
         try:
-            open_state_file(where).probe()
+            file = open_state_file(where)
+            file.probe()
+            file.lock()
+            file.unlock()
         except Exception as err:  # fsspec's file systems raise what they like
             raise click.BadParameter(f"{where} cannot be written: {err}") from err
     return where
@@ -39,7 +42,10 @@ def _check_state(
     metavar="FILE",
     callback=_check_state,
     help="Path or fsspec URL where to keep what is deployed, for a scheduler after "
-    "this one. Default: `daskserve.state` of Dask's configuration.",
+    "this one. Who can write it runs code on the cluster: a path is refused if other "
+    "users can, and locked; of a URL, the store's own permissions have to see to that, "
+    "and each scheduler needs one of its own. "
+    "Default: `daskserve.state` of Dask's configuration.",
 )
 def dask_setup(server: Any, state: str | None) -> None:
     """Have daskserve in a scheduler from its start; with a state file, all of it."""

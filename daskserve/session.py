@@ -276,12 +276,18 @@ class ClientSession(Session):
         client = self.client
         self._subscribed_on = client.scheduler_comm
         try:
-            snapshot = await self.rpc("serve_subscribe", client=client.id)
+            snapshot = await self.rpc(
+                "serve_subscribe", client=client.id, known=self._known_version()
+            )
         except ServeNotRunningError:
             self._subscribed_on = None  # until the controller answers something
         else:
             take_routes: Any = client._stream_handlers[STREAM_ROUTES]
             take_routes(**snapshot)
+
+    def _known_version(self) -> int:
+        dispatcher = self._dispatcher
+        return -1 if dispatcher is None else dispatcher.version
 
     def _controller_answered(self) -> None:
         client = self._client()

@@ -16,7 +16,8 @@ from daskserve.config import DeploymentOptions
 class InstanceStatus:
     """The instance: its scheduler's address, whether it is detached, where HTTP is.
 
-    `reason` says what is wrong with the state file, or "".
+    `reason` says what is wrong with the state file, and which processes have hardly any
+    files left to open; or "".
     """
 
     scheduler: str

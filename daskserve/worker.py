@@ -25,6 +25,7 @@ from daskserve.replica.runner import STOP_MARGIN_S, Runner
 from daskserve.session import WorkerSession, worker_sessions
 from daskserve.transport.channel import serve_channel
 from daskserve.transport.dispatcher import Dispatcher
+from daskserve.transport.files import raise_max_files
 from daskserve.transport.load_reports import Loads
 from daskserve.transport.loops import LoopThread
 from daskserve.transport.messages import (
@@ -71,6 +72,7 @@ class ServeWorkerPlugin(WorkerPlugin):
     def setup(self, worker: Worker) -> None:
         """Add our ops to the worker, start the transport thread, say hello."""
         self._worker = worker
+        raise_max_files()  # connections and replicas take some
         self._thread = thread = LoopThread("daskserve-transport")
         thread.start()
 
@@ -100,7 +102,8 @@ class ServeWorkerPlugin(WorkerPlugin):
         self._farewell = Farewell(worker, self.session.settings)
         self._farewell.install()
         self._send({"op": STREAM_HELLO, "ends_in_s": self._farewell.ends_in_s})
-        self._health = HealthMonitor(self.runners, self._send)
+        where = f"worker {worker.address}"
+        self._health = HealthMonitor(self.runners, self._send, where)
         thread.submit(self._health.run())
 
     async def teardown(self, worker: Worker) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from daskserve.replica import admission
 from daskserve.replica.admission import Admission, slots_of_threads
 from daskserve.transport.call import Call
 from daskserve.transport.channel import Exchange
@@ -68,32 +69,35 @@ class Replica:
     service: Callable[[Any], float]
     threads: int = 1
     most: int = 100
-    #: Called for each request that begins, with the number of those inside.
+    #: How many calls have ended.
     served: int = 0
-    callers: dict[str, Caller] = field(default_factory=dict)
+    callers: dict[admission.Caller, Caller] = field(default_factory=dict)
+    known: dict[str, admission.Caller] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.slots: Admission[str] = Admission(self.threads or self.most)
+        self.slots = Admission(self.threads or self.most)
         self.queue: deque[tuple[Caller, Message]] = deque()
         self.running = 0
         self.call_s = 0.0
         self.told: dict[str, tuple[int, int]] = {}
 
     def take(self, caller: Caller, message: Message) -> None:
-        name = caller.name
-        self.callers[name] = caller
+        known = self.known.get(caller.name)
+        if known is None:
+            known = self.known[caller.name] = admission.Caller()
+            self.callers[known] = caller
         if message[0] == CALL:
-            if self.slots.take(name):
+            if self.slots.take(known):
                 self.queue.append((caller, message))
                 self._run()
             else:
                 caller.receive(self, (REFUSED, message[1], FULL))
                 self._tell(caller)
         elif message[0] == WANT:
-            self.slots.want(name, message[3])
+            self.slots.want(known, message[3])
             self._offer()
         elif message[0] == DECLINE:
-            self.slots.withdraw(name)
+            self.slots.withdraw(known)
             self._offer()
 
     def _run(self) -> None:
@@ -109,18 +113,19 @@ class Replica:
         self.call_s += (seconds - self.call_s) * (0.1 if self.call_s else 1)
         if self.threads:
             self.slots.limit = slots_of_threads(self.threads, self.call_s, self.most)
-        self.slots.give_back(caller.name)
+        self.slots.give_back(self.known[caller.name])
         caller.receive(self, (RESULT, message[1], message[3]))
         self._tell(caller)
         self._offer()
         self._run()
 
     def _offer(self) -> None:
-        while (name := self.slots.offer()) is not None:
-            self.callers[name].receive(self, (ROOM, 0, self.replica_id))
+        while (known := self.slots.offer()) is not None:
+            self.callers[known].receive(self, (ROOM, 0, self.replica_id))
 
     def _tell(self, caller: Caller) -> None:
-        news = self.slots.others(caller.name), self.slots.limit
+        others = self.slots.taken - self.known[caller.name].held
+        news = others, self.slots.limit
         call_us = self.call_s * 1e6 / max(1, self.threads)
         caller.hear(self, (LOAD, 0, self.replica_id, *news, call_us, False))
 
@@ -265,26 +270,3 @@ def poisson(
             break
         times.append(now)
     return times
-
-
-def single_queue(arrivals: Iterable[tuple[float, float]], servers: int) -> list[float]:
-    """Return the seconds that requests take that wait in one queue for all servers.
-
-    Parameters
-    ----------
-    arrivals
-        When each comes, and how long it is served, in the order of their coming.
-    """
-    free = [0.0] * servers
-    took = []
-    for came, seconds in arrivals:
-        ends = max(came, heapq.heappop(free)) + seconds
-        heapq.heappush(free, ends)
-        took.append(ends - came)
-    return took
-
-
-def quantile(values: Iterable[float], share: float) -> float:
-    """Return the value below which so many are."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

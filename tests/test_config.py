@@ -467,6 +467,7 @@ def test_deployment_defaults() -> None:
         "max_websockets": 1000,
         "threads": 1,
         "max_queued_requests": 1000,
+        "session_affinity": None,
         "resources": None,
         "workers": None,
         "health_check_period_s": 10,
@@ -508,6 +509,14 @@ def test_deployment_defaults() -> None:
         ("max_queued_requests", 0, 0),
         ("max_queued_requests", None, None),
         ("max_queued_requests", -1, None),
+        ("session_affinity", None, None),
+        (
+            "session_affinity",
+            {"header": "Mcp-Session-Id"},
+            {"header": "mcp-session-id"},
+        ),
+        ("session_affinity", {"cookie": "Session"}, {"cookie": "Session"}),
+        ("session_affinity", {"query": "a b/ü"}, {"query": "a b/ü"}),
         ("resources", None, None),
         ("resources", {}, {}),
         ("resources", {"GPU": 1, "MEM": 0.5}, {"GPU": 1.0, "MEM": 0.5}),
@@ -578,6 +587,10 @@ def test_deployment_option(name: str, value: object, result: object) -> None:
         ("workers", ["a", 1]),
         ("workers", ["a", ""]),
         ("workers", {"a": 1}),
+        ("session_affinity", "session"),
+        ("session_affinity", {}),
+        ("session_affinity", {"header": "a", "cookie": "b"}),
+        ("session_affinity", {"path": "a"}),
         ("autoscaling_config", 1),
         ("autoscaling_config", "auto"),
     ],
@@ -585,6 +598,25 @@ def test_deployment_option(name: str, value: object, result: object) -> None:
 def test_deployment_option_refuses(name: str, value: object) -> None:
     with pytest.raises(ValidationError, match=rf"{name}\n.*{re.escape(repr(value))}"):
         options(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"header": "a b"}, "'a b' is not the name of a header"),
+        ({"header": ""}, "'' is not the name of a header"),
+        ({"cookie": "a=b"}, "'a=b' is not the name of a cookie"),
+        ({"cookie": b"a"}, "b'a' is not the name of a cookie"),
+        ({"query": "a\n"}, r"'a\\n' is not the name of a parameter of the query"),
+        ({"query": "\ud800"}, "is not the name of a parameter of the query"),
+        ({"query": "a" * 201}, "is not the name of a parameter of the query"),
+        ({"header": "Cookie"}, "'Cookie' holds many cookies: give {'cookie': name}"),
+        ({"headers": "a"}, "give one of {'header': name}, {'cookie': name} and"),
+    ],
+)
+def test_session_affinity_refuses(value: object, text: str) -> None:
+    with pytest.raises(ValidationError, match=f"session_affinity\n.*{text}"):
+        options(session_affinity=value)
 
 
 @pytest.mark.parametrize("name", ["name", "num_replicas"])

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
+import struct
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgpack
+import psutil
 import pytest
 from distributed import Security
 from distributed.comm.core import connect
 
-from daskserve.transport import connections, direct
+from daskserve.transport import complaints, connections, direct
 from daskserve.transport.call import Call
 from daskserve.transport.channel import ConnectionLostError
+from daskserve.transport.complaints import Complaints
 from daskserve.transport.direct import DirectAddress, DirectChannel, DirectListener
 from daskserve.transport.dispatcher import Dispatcher
 from daskserve.transport.messages import (
@@ -173,6 +177,91 @@ def test_strangers_get_nowhere(what: str) -> None:
         assert not replica.listener._pipes
 
     run(test)
+
+
+def test_strangers_get_no_memory(caplog: pytest.LogCaptureFixture) -> None:
+    """Of some versions of msgpack, 5 bytes that announce a tuple take its room."""
+
+    def memory() -> int:
+        return int(psutil.Process().memory_info().rss)
+
+    async def test(replica: Replica) -> None:
+        address = await replica.listen()
+        before, most = memory(), 0
+        for kind in (b"\xdd", b"\xdf", b"\xc6", b"\xdb"):  # array, map, bin, str
+            for size in (2**26, 2**31 - 2, 200):
+                reader, writer = await asyncio.open_connection(
+                    address.host, address.port
+                )
+                writer.write(kind + struct.pack(">I", size))
+                await asyncio.sleep(0.02)
+                most = max(most, memory())
+                writer.write(b"x" * 300)
+                assert await read_all(reader) == b""
+                writer.close()
+        assert most - before < 64 << 20
+        assert not replica.listener._pipes
+
+    with caplog.at_level("WARNING"):
+        run(test)
+    assert len(caplog.records) <= 1  # however many there are
+
+
+def test_silent_strangers_are_cut_before_their_handshake(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(direct, "SECRET_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(direct, "share_of_files", lambda share: 5)
+    security = Security.temporary()
+    server = security.get_listen_args("worker")["ssl_context"]
+    client = security.get_connection_args("worker")["ssl_context"]
+
+    async def test(replica: Replica) -> None:
+        address = await replica.listen(server)
+        silent = [
+            await asyncio.open_connection(address.host, address.port) for _ in range(20)
+        ]
+        tls: Any = replica.listener._server
+        await until(lambda: len(tls.handshakes) == 5)
+        channel = await open_channel(address, client)  # there is room for who is quick
+        read = [read_all(reader) for reader, _ in silent]
+        assert not any(await asyncio.gather(*read))
+        assert not tls.handshakes
+        for _, writer in silent:
+            writer.close()
+        channel.close("done")
+
+    run(test)
+
+
+def test_messages_have_bounds() -> None:
+    async def test(replica: Replica) -> None:
+        channel = await open_channel(await replica.listen())
+        exchange = channel.open()
+        assert channel._pipe is not None and channel._pipe._transport is not None
+        channel._pipe._transport.write(b"\xdd" + struct.pack(">I", 2**26))
+        with pytest.raises(ConnectionLostError):
+            await exchange.next()
+
+    run(test)
+
+
+def test_who_is_turned_away_is_named_once_in_a_while(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strangers = Complaints(logging.getLogger("daskserve"), "was turned away")
+    now = 1000.0
+    monkeypatch.setattr(complaints.time, "monotonic", lambda: now)
+    for _ in range(1000):
+        strangers.about(("10.1.2.3", 5), "no secret came")
+    assert [r.getMessage() for r in caplog.records] == [
+        "10.1.2.3 was turned away: no secret came"
+    ]
+    now += complaints.EVERY_S
+    strangers.about("", "no secret came")
+    assert caplog.records[1].getMessage() == (
+        "somebody was turned away: no secret came, and 999 times more before"
+    )
 
 
 async def read_all(reader: asyncio.StreamReader) -> bytes:

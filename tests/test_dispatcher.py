@@ -20,6 +20,7 @@ from daskserve.exceptions import (
     ReplicaDiedError,
     RequestTimeoutError,
 )
+from daskserve.transport.affinity import Session
 from daskserve.transport.call import Call, timeout_error
 from daskserve.transport.channel import ReplyTo, serve_channel
 from daskserve.transport.dispatcher import Dispatcher
@@ -27,10 +28,15 @@ from daskserve.transport.messages import (
     CALL,
     CANCEL,
     CHUNK,
+    DECLINE,
+    FOLLOW,
+    LOAD,
     OP_CHANNEL,
     REFUSED,
     RESULT,
     ROOM,
+    SESSION,
+    WANT,
     Message,
 )
 
@@ -53,6 +59,8 @@ def refuse(replica: StandIn, reply_to: ReplyTo, message: Message) -> None:
 
 class StandIn:
     """A replica that hands each message to `answer`."""
+
+    deserted = 0
 
     def __init__(self, answer: Answer = echo) -> None:
         self.answer = answer
@@ -550,6 +558,110 @@ def test_a_local_replica_needs_no_connection() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("stuck", [False, True])
+def test_a_replica_that_lies_about_its_load(stuck: bool) -> None:
+    """Others get what there is; alone, it is asked again and again."""
+    lies = (10**9, -1, -5, stuck)
+
+    def lie(replica: StandIn, reply_to: ReplyTo, message: Message) -> None:
+        if message[0] == CALL:
+            reply_to.send((LOAD, 0, message[2], *lies))
+            reply_to.send((RESULT, message[1], message[3]))
+        elif message[0] == WANT and stuck:
+            reply_to.send((ROOM, 0, message[2]))
+
+    async def test(dispatcher: Dispatcher) -> None:
+        liar, honest = StandIn(lie), StandIn()
+        place = await Place({1: liar, 2: honest}).start()
+        dispatcher.update(1, snapshot((1, place), (2, place)))
+        await asyncio.gather(*(ask(dispatcher) for _ in range(20)))
+        told = len(liar.messages)
+        for _ in range(20):
+            assert (await ask(dispatcher))[0] == RESULT
+        assert len(liar.messages) <= told + 1  # a second may have passed
+        dispatcher.update(2, snapshot((1, place)))
+        async with asyncio.timeout(10):
+            for _ in range(3):
+                assert (await ask(dispatcher))[0] == RESULT
+        place.stop()
+
+    run(test)
+
+
+def test_a_replica_that_offers_what_nobody_wants() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        replica = StandIn()
+        place = await Place({1: replica}).start()
+        dispatcher.update(1, snapshot((1, place)))
+        assert (await ask(dispatcher))[0] == RESULT
+        for notice in ((ROOM, 0, 1), (ROOM, 0, 99), (LOAD, 0, 99, 0, 1, 1, False)):
+            dispatcher._take_notice(notice)
+        while DECLINE not in replica.ops:
+            await asyncio.sleep(0.005)
+        assert (await ask(dispatcher))[0] == RESULT
+        place.stop()
+
+    run(test)
+
+
+def test_slots_are_asked_for_where_others_have_all() -> None:
+    """No request travels twice for it, and what is not needed is given back."""
+
+    def full(replica: StandIn, reply_to: ReplyTo, message: Message) -> None:
+        if message[0] == CALL:
+            reply_to.send((LOAD, 0, message[2], 5, 5, 10_000, False))
+            reply_to.send((RESULT, message[1], message[3]))
+        elif message[0] == WANT:
+            wanted.append(message[3])
+            asyncio.get_running_loop().call_later(0.02, offer, reply_to, message)
+
+    def offer(reply_to: ReplyTo, message: Message) -> None:
+        for _ in range(message[3]):
+            reply_to.send((ROOM, 0, message[2]))
+
+    wanted: list[int] = []
+
+    async def test(dispatcher: Dispatcher) -> None:
+        replica = StandIn(full)
+        place = await Place({1: replica}).start()
+        dispatcher.update(1, snapshot((1, place), max_ongoing=5))
+        assert (await ask(dispatcher))[0] == RESULT
+        answers = [asyncio.ensure_future(ask(dispatcher)) for _ in range(200)]
+        async with asyncio.timeout(10):
+            await asyncio.gather(*answers)
+        assert replica.ops.count(CALL) == 201
+        assert sum(wanted) >= 200 and len(wanted) < 20, wanted
+        place.stop()
+
+    run(test)
+
+
+def test_calls_for_nobody_are_load() -> None:
+    async def test(_: Dispatcher) -> None:
+        replica = StandIn(keep)
+        replica.deserted = 2
+        dispatcher = Dispatcher(
+            asyncio.get_running_loop(),
+            connect,
+            local_address="tcp://here:1",
+            inboxes={1: replica},
+        )
+        news = snapshot()
+        news["deployments"]["D"]["replicas"].append(
+            [1, "D#1", "tcp://here:1", None, None]
+        )
+        dispatcher.update(1, news)
+        asking = asyncio.ensure_future(ask(dispatcher))
+        while not replica.messages:
+            await asyncio.sleep(0.005)
+        assert dispatcher._count_load("D") == (0, {1: 3}, 1)
+        asking.cancel()
+        await asyncio.wait([asking])
+        await dispatcher.close()
+
+    run(test)
+
+
 def test_who_was_refused_keeps_its_turn() -> None:
     """Requests that come back from a full replica do not change their order."""
 
@@ -599,6 +711,104 @@ def test_who_comes_during_a_pause_waits_for_its_end_only() -> None:
         replica.answer = echo
         async with asyncio.timeout(10):
             assert (await ask(dispatcher))[0] == RESULT
+        place.stop()
+
+    run(test)
+
+
+# Sessions.
+
+
+async def where(dispatcher: Dispatcher, session: Session) -> int:
+    """Return the replica that a call of a session is sent to."""
+    call = Call(dispatcher, "D", session=session)
+
+    def make(exchange_id: int, replica_id: int) -> Message:
+        return (CALL, exchange_id, replica_id, replica_id)
+
+    try:
+        answer = await call.first(make, retry_lost=False)
+        return int(answer[2])
+    finally:
+        call.finish()
+
+
+def test_sessions_stay_where_they_are_said_to_be() -> None:
+    def tell(replica: StandIn, reply_to: ReplyTo, message: Message) -> None:
+        if message[0] == FOLLOW and message[2] == 2:
+            reply_to.send((SESSION, 0, 2, sessions[0].digest + sessions[1].digest))
+        echo(replica, reply_to, message)
+
+    sessions = [Session.of(b"%d" % i) for i in range(12)]
+
+    async def test(dispatcher: Dispatcher) -> None:
+        replicas = {1: StandIn(tell), 2: StandIn(tell)}
+        place, other = (
+            await Place(replicas).start(),
+            await Place({3: StandIn()}).start(),
+        )
+        there = [(1, place), (2, place)]
+        affinity = {"header": "sid"}
+        dispatcher.update(1, snapshot(*there, session_affinity=affinity))
+        await where(dispatcher, sessions[0])  # connects, and asks
+        async with asyncio.timeout(5):
+            while len(dispatcher.groups["D"].sessions) < 2:
+                await asyncio.sleep(0.01)
+        assert [await where(dispatcher, s) for s in sessions[:2]] == [2, 2]
+        found = [await where(dispatcher, s) for s in sessions]
+        assert {1, 2} == set(found[2:])
+        assert await where(dispatcher, Session(sessions[2].digest, 1)) == 1
+        assert await where(dispatcher, Session(sessions[2].digest, 2)) == 2
+        assert [replica.ops.count(FOLLOW) for replica in replicas.values()] == [1, 1]
+        # More replicas, and fewer: what is bound does not move before it has to.
+        dispatcher.update(2, snapshot(*there, (3, other), session_affinity=affinity))
+        await dispatcher.connected()
+        again = [await where(dispatcher, s) for s in sessions]
+        assert again[:2] == [2, 2] and 3 in again[2:]
+        assert all(new in (old, 3) for old, new in zip(found, again, strict=True))
+        dispatcher.update(
+            3, snapshot((1, place), (3, other), session_affinity=affinity)
+        )
+        assert 2 not in [await where(dispatcher, s) for s in sessions]
+        assert [replica.ops.count(FOLLOW) for replica in replicas.values()] == [1, 1]
+        place.stop()
+        other.stop()
+
+    run(test)
+
+
+def test_replicas_are_followed_when_sessions_begin_to_matter() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        replicas = {1: StandIn(), 2: StandIn()}
+        place = await Place(replicas).start()
+        there = [(1, place), (2, place)]
+        dispatcher.connect_ahead()
+        dispatcher.update(1, snapshot(*there))
+        await dispatcher.connected()
+        await ask(dispatcher)
+        assert [replica.ops.count(FOLLOW) for replica in replicas.values()] == [0, 0]
+        dispatcher.update(2, snapshot(*there, session_affinity={"query": "s"}))
+        place.cut()  # and again when there is another connection
+        async with asyncio.timeout(5):
+            while not all(FOLLOW in replica.ops for replica in replicas.values()):
+                await asyncio.sleep(0.01)
+        place.stop()
+
+    run(test)
+
+
+def test_a_session_whose_replica_is_full_goes_elsewhere() -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        place = await Place({1: StandIn(refuse), 2: StandIn()}).start()
+        dispatcher.update(1, snapshot((1, place), (2, place)))
+        session = Session(Session.of(b"a").digest, 1)
+        assert await where(dispatcher, session) == 2
+        dispatcher.update(2, snapshot((1, place)))
+        task = asyncio.ensure_future(where(dispatcher, session))
+        await asyncio.sleep(0.1)
+        assert not task.done()
+        task.cancel()
+        await asyncio.wait([task])
         place.stop()
 
     run(test)

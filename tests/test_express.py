@@ -111,11 +111,11 @@ def test_what_is_not_simple_goes_the_ordinary_way(site: Site) -> None:
     wait_for_idle(site, idle)
 
 
-def test_a_full_replica_sends_requests_to_the_queue(site: Site) -> None:
+def test_requests_wait_for_a_replica_on_the_quick_way(site: Site) -> None:
     idle = idle_inside(site)
     url = site.at(site.deploy(wait, max_ongoing_requests=2)) + "?s=0.5"
     socks = [send_request(url) for _ in range(6)]
-    poll(lambda: ways(site) == (2, 4), 5)
+    poll(lambda: ways(site) == (6, 0), 5)
     answered(socks)
     site.clean()
     wait_for_idle(site, idle)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.benchmarks.growth import measure, spread
+from tests.benchmarks.growth import connections, measure, spread
 from tests.utils import ROOT
 
 #: In place of 4, for noise; what grows with the square comes to 16.
@@ -30,7 +30,13 @@ def test_a_change_is_small() -> None:
 def test_load_is_spread_better_than_by_chance() -> None:
     assert spread(1) < 0.5 * spread(1, by_chance=True)
     assert spread(10) < 0.8 * spread(10, by_chance=True)
-    assert spread(100) < 1.2 * spread(100, by_chance=True)
+    assert spread(100) < spread(100, by_chance=True)
+
+
+def test_connections_grow_with_workers_and_not_with_replicas() -> None:
+    few, many = connections(50, 1000), connections(50, 4000)
+    assert few == many <= 50 + 256
+    assert connections(10, 20) == 30
 
 
 @pytest.mark.slow

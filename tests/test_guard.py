@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import os
 import re
 import socket
 import ssl
@@ -19,9 +21,10 @@ import uvicorn
 from distributed import Security
 
 from daskserve.config import HTTPOptions
-from daskserve.proxy.guard import Guard
+from daskserve.proxy.guard import FREE_FILES, Guard
 from daskserve.proxy.server import _Server
 from daskserve.proxy.websocket_protocol import WebSocketProtocol
+from daskserve.transport.files import missing_files, open_files
 from tests.utils import poll
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -46,6 +49,7 @@ def run(
     with socket.create_server(("127.0.0.1", 0)) as listener:
         # Connections take it over; so what the kernel holds is little.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        listener.setblocking(False)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:
@@ -54,6 +58,7 @@ def run(
         finally:
             server.should_exit = server.force_exit = True
             thread.join(10)
+            guard.release_files()
     assert not thread.is_alive()
 
 
@@ -550,3 +555,106 @@ def test_malformed_handshake_is_not_held(certificate: Path | None) -> None:
                 sock = stack.enter_context(connect(port, certificate))
                 _send(sock, data + b"\r\n")
         poll(lambda: b" 200 " in ask(port, LAST, certificate))
+
+
+# Before a connection counts.
+
+
+@pytest.fixture
+def pem(tmp_path: Path) -> Path:
+    temporary = Security.temporary()
+    path = tmp_path / "cert.pem"
+    path.write_text(temporary.tls_worker_key + temporary.tls_worker_cert)
+    return path
+
+
+def get_encrypted(port: int) -> bytes:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with connect(port) as sock, context.wrap_socket(sock) as tls:
+        tls.sendall(REQUEST)
+        return tls.recv(100)
+
+
+def is_cut(sock: socket.socket) -> bool:
+    """Whether it is at its end now."""
+    sock.settimeout(0.001)
+    try:
+        return sock.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+
+
+def test_handshakes_have_an_end(pem: Path) -> None:
+    with run(Respond(1, 10), pem, header_timeout_s=0.5) as (guard, port):
+        with connect(port) as silent, connect(port) as slow:
+            slow.sendall(b"\x16\x03\x01")  # the beginning of a hello
+            assert guard.listener is not None
+            poll(lambda: guard.listener and len(guard.listener.handshakes) == 2)
+            assert b" 200 " in get_encrypted(port)
+            poll(lambda: is_cut(silent) and is_cut(slow), 2)
+            assert not guard.listener.handshakes
+        with connect(port) as plain:
+            plain.sendall(REQUEST)  # no TLS at all
+            poll(lambda: is_cut(plain))
+        assert b" 200 " in get_encrypted(port)
+
+
+def test_handshakes_count(pem: Path) -> None:
+    with run(Respond(1, 10), pem, max_connections=5) as (guard, port):
+        silent = [connect(port) for _ in range(100)]
+        poll(lambda: sum(map(is_cut, silent)) >= 95)  # who came first goes first
+        assert guard.listener is not None
+        assert len(guard.listener.handshakes) == 5
+        for _ in range(10):
+            assert b" 200 " in get_encrypted(port)
+        for sock in silent:
+            sock.close()
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_clients_that_take_all_files(pem: Path, encrypted: bool) -> None:
+    """Who asks for something gets its answer; who only is there has to go."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[Any] = []
+    crowd = [socket.socket() for _ in range(60)]
+    # The clients have their files before there is a limit.
+    guests = [socket.socket() for _ in range(3)]
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with run(Respond(1, 10), pem if encrypted else None) as (guard, port):
+        poll(lambda: guard._reserve)
+        limit = open_files() + 50  # type: ignore[operator]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        try:
+            for sock in crowd:
+                sock.connect(("127.0.0.1", port))
+            poll(lambda: guard.short_of_files or missing_files(FREE_FILES) == 0)
+            poll(lambda: missing_files(FREE_FILES) == 0)
+
+            def take_all() -> bool:
+                """Take what no connection has, until the reserve is given out."""
+                with contextlib.suppress(OSError):
+                    while guard._reserve:
+                        taken.append(os.open(os.devnull, os.O_RDONLY))
+                return not guard._reserve
+
+            poll(take_all)
+            for guest in guests:
+                guest.settimeout(5)
+                guest.connect(("127.0.0.1", port))
+                if encrypted:
+                    guest = context.wrap_socket(guest)
+                guest.sendall(REQUEST)
+                assert b" 200 " in guest.recv(100)
+                guest.close()
+            for file in taken:
+                os.close(file)
+            poll(lambda: guard._reserve and not guard.short_of_files)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for sock in (*crowd, *guests):
+                sock.close()

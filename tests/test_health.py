@@ -353,6 +353,7 @@ def test_report_of_a_replica_that_is_well(watch: Watch) -> None:
         "op": "serve-health",
         "period_s": 1.5,
         "patience_s": 4.5,
+        "files": "",
         "troubles": [],
     }
 
@@ -369,6 +370,7 @@ def test_worker_without_replicas_reports() -> None:
             "op": "serve-health",
             "period_s": 10.0,
             "patience_s": 40.0,
+            "files": "",
             "troubles": [],
         }
     ]

@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import resource
+import signal
 import stat
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from daskserve.controller.keeper import StateKeeper
 from daskserve.controller.records import Spec
 from daskserve.controller.state_file import open_state_file
 from tests.test_state import Rig, started
+from tests.utils import run_script
 
 HTTP = {"options": b"\x80pickled", "enabled": True, "host": "::1", "port": 8000}
 
@@ -228,14 +230,17 @@ def test_files(where: str) -> None:
 
 
 def test_local_file(tmp_path: Path) -> None:
-    os.umask(0)
+    mask = os.umask(0)
     target = tmp_path / "target"
     link = tmp_path / "link"
     link.symlink_to(target)
-    for where in (str(link), f"file://{link}"):
-        open_state_file(where).write(b"x")
-        assert link.is_symlink()
-        assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    try:
+        for where in (str(link), f"file://{link}"):
+            open_state_file(where).write(b"x")
+    finally:
+        os.umask(mask)
+    assert link.is_symlink()
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
     assert sorted(tmp_path.iterdir()) == [link, target]
     with pytest.raises(OSError, match="No such file"):
         open_state_file(str(tmp_path / "no" / "state")).probe()
@@ -265,6 +270,101 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     assert not (tmp_path / "fifo").is_file()
 
 
+def test_what_others_may_write(tmp_path: Path) -> None:
+    """Whoever writes it runs code."""
+    folder = tmp_path / "folder"
+    folder.mkdir(0o700)
+    file = open_state_file(str(folder / "state"))
+    file.write(b"x")
+    calls = (file.probe, file.read, file.lock, lambda: file.write(b"y"))
+    for path, modes in ((folder, (0o777, 0o770)), (folder / "state", (0o666, 0o620))):
+        safe = stat.S_IMODE(path.stat().st_mode)
+        for mode in modes:
+            path.chmod(mode)
+            for call in calls:
+                with pytest.raises(PermissionError, match=f"go-w {path}"):
+                    call()
+        path.chmod(safe)
+    folder.chmod(0o1777)  # as /tmp
+    assert file.read() == b"x"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs files of another user")
+def test_what_belongs_to_others(tmp_path: Path) -> None:
+    folder, theirs = tmp_path / "folder", 12345
+    folder.mkdir()
+    file = open_state_file(str(folder / "state"))
+    file.write(b"x")
+    for path in (folder, folder / "state"):
+        os.chown(path, theirs, -1)
+        for call in (file.probe, file.read, file.lock, lambda: file.write(b"y")):
+            with pytest.raises(PermissionError, match=f"{path} belongs to another"):
+                call()
+        os.chown(path, 0, -1)
+    far = tmp_path / "far"
+    for link, target in (("link", folder / "state"), ("linked", folder)):
+        (tmp_path / link).symlink_to(target)
+        os.chown(tmp_path / link, theirs, -1, follow_symlinks=False)
+    far.symlink_to("./linked/../link")  # by way of one of theirs
+    for where in ("link", "linked/state", "far"):
+        planted = open_state_file(str(tmp_path / where))
+        for call in (planted.probe, planted.read, planted.lock):
+            with pytest.raises(PermissionError, match="link .* belongs to another"):
+                call()
+    # A lock that somebody else has put there.
+    (folder / "state.lock").touch()
+    os.chown(folder / "state.lock", theirs, -1)
+    with pytest.raises(PermissionError, match="state.lock belongs"):
+        file.lock()
+
+
+def test_one_scheduler_at_a_time(tmp_path: Path) -> None:
+    where = str(tmp_path / "state")
+    script = f"""if True:
+        from daskserve.controller.state_file import open_state_file
+        file = open_state_file({where!r})
+        try:
+            file.lock()
+        except BlockingIOError as err:
+            print(err.strerror)
+        else:
+            print("free")
+    """
+
+    def other() -> str:
+        return run_script(script).stdout
+
+    file, second = open_state_file(where), open_state_file(f"local://{where}")
+    file.lock()
+    file.lock()  # it is ours
+    file.write(b"x")  # which renames
+    assert f"in use by another scheduler (process {os.getpid()} on " in other()
+    assert stat.S_IMODE((tmp_path / "state.lock").stat().st_mode) == 0o600
+
+    async def check() -> None:
+        keeper = StateKeeper(second)
+        assert await keeper.load() is None
+        assert "in use by another scheduler (this process)" in keeper.reason
+        keeper.save(journal())
+        await keeper.saved()
+        await keeper.close()
+
+    run(check)
+    assert "in use" in other()
+    assert file.read() == b"x"
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    file.unlock()
+    try:
+        assert other() == "free\n"
+        second.lock()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        second.unlock()
+
+
 # The keeper
 
 
@@ -277,6 +377,11 @@ class Flaky:
         self.error: Exception | None = None
         self.writes: list[bytes] = []
         self.content: bytes | None = None
+
+    def lock(self) -> None:
+        pass
+
+    unlock = lock
 
     def read(self) -> bytes | None:
         if self.error:

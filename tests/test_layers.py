@@ -64,6 +64,7 @@ OWNERS = {
 PURE = [
     "config",
     "exceptions",
+    "transport.affinity",
     "transport.items",
     "transport.group",
     "transport.messages",

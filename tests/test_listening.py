@@ -23,7 +23,7 @@ import daskserve as serve
 from daskserve.config import HTTPOptions
 from daskserve.exceptions import ProxyStartError, ServeConfigError
 from tests.test_http import Site, _site, open_site, site, spare, start
-from tests.utils import ProcessCluster, poll
+from tests.utils import ProcessCluster, poll, run_script
 
 __all__ = ["_site", "site", "spare", "start"]  # fixtures
 
@@ -317,6 +317,50 @@ def test_plain_http_beyond_the_host_of_a_cluster_with_tls(
         with dask.config.set({"daskserve.http.allow-plain-http": True}):
             with serve.start(client, http_options=everywhere) as instance:
                 assert instance.http_urls[0].startswith("http://127.0.0.1:")
+
+
+def test_plain_http_on_a_cluster_with_tls_behind_a_gateway(
+    tls_cluster: ProcessCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = "gateway://gateway.example.org:8000/cluster"
+    monkeypatch.setattr("daskserve.session._address", lambda client: gateway)
+    with tls_cluster.client() as client:
+        with pytest.raises(ServeConfigError, match=r"has TLS \(tls://"):
+            serve.start(client, http_options={"host": "0.0.0.0", "port": 0})
+
+
+@pytest.mark.slow
+def test_tls_keeps_other_users_out() -> None:
+    """What README recommends on a machine that others use too."""
+    script = """if True:
+        import daskserve as serve
+        from distributed import Client, LocalCluster, Security
+
+        if __name__ == "__main__":
+            security = Security.temporary()
+            cluster = LocalCluster(
+                n_workers=1,
+                protocol="tls://",
+                security=security,
+                dashboard_address="127.0.0.1:0",
+            )
+            with cluster, Client(cluster) as client:
+                serve.start(http_options={"port": 0})
+                serve.deployment(name="f")(lambda: "served").deploy()
+                print(serve.get_deployment("f").get_handle().remote().result())
+                address = cluster.scheduler_address.removeprefix("tls://")
+                workers = client.scheduler_info()["workers"]
+                for where in (address, *(w.removeprefix("tls://") for w in workers)):
+                    for known in (None, Security.temporary()):
+                        scheme = "tls" if known else "tcp"
+                        try:
+                            Client(f"{scheme}://{where}", security=known, timeout=1)
+                        except OSError:
+                            print("kept out")
+    """
+    printed = run_script(script).stdout
+    assert "served\n" in printed
+    assert printed.count("kept out\n") == 4
 
 
 def test_plain_http_beyond_the_host_of_a_cluster_without(

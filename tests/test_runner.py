@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,21 +25,26 @@ from daskserve import packing, pickling
 from daskserve.replica.actor import ReplicaSpec
 from daskserve.replica.runner import Runner
 from daskserve.transport import values
+from daskserve.transport.affinity import Session
 from daskserve.transport.messages import (
     BODY,
     CALL,
     CANCEL,
     CHUNK,
+    CONNECT,
     CREDIT,
     CUT,
     END,
     ERROR,
+    FOLLOW,
     GRANT,
     NOT_ENCODABLE,
+    PUSH,
     REFUSED,
     REQUEST,
     RESPONSE,
     RESULT,
+    SESSION,
     START,
     STOPPED,
     UNKNOWN_METHOD,
@@ -931,7 +937,7 @@ def test_forget_cancels_all_of_one_caller(replica: Make) -> None:
     poll(lambda: made.runner.ongoing == 3)
     made.runner.forget(made.caller)
     poll(lambda: made.runner.ongoing == 1)
-    assert not other.messages
+    assert not other.of(1)
 
 
 def test_reconfigure(replica: Make) -> None:
@@ -1062,3 +1068,164 @@ def test_context_is_right_everywhere(replica: Make) -> None:
     assert made.result(made.call("at_first")) == ("D#1", None)
     with pytest.raises(serve.ServeError, match="outside of a replica"):
         serve.get_replica_context()
+
+
+# Sessions.
+
+
+async def login(scope: Any, receive: Any, send: Any) -> None:
+    """Answer with the headers that the query, or the subprotocols, have."""
+    if scope["type"] == "lifespan":
+        return
+    if scope["type"] == "websocket":
+        lines = [line.split("=", 1) for line in scope["subprotocols"]]
+        headers = [(name.encode(), value.encode()) for name, value in lines]
+        return await send({"type": "websocket.accept", "headers": headers})
+    lines = [line.split(b"=", 1) for line in scope["query_string"].split(b"&") if line]
+    start = {"type": "http.response.start", "status": 200, "headers": lines}
+    await send(start)
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+@serve.ingress(login)
+class Login: ...
+
+
+class SessionsOf:
+    """A replica, and what is asked of it and told."""
+
+    def __init__(self, make: Make, **option: str) -> None:
+        self.replica = make(Login, session_affinity=option)
+        self.follower = Caller()
+
+    def follow(self) -> None:
+        self.replica.runner.put(self.follower, [(FOLLOW, 0, 1)])
+
+    def get(self, makes: bytes = b"", *headers: tuple[bytes, bytes]) -> Any:
+        """Send a request; return the response's message."""
+        fields = (*HEAD[:3], makes, list(headers), *HEAD[5:])
+        return self.replica.caller.wait(
+            self.replica.send(REQUEST, fields, b"", False), RESPONSE
+        )
+
+    def told(self) -> list[bytes]:
+        return [m[3] for m in self.follower.of(0, SESSION)]
+
+
+def digest(session_id: bytes) -> bytes:
+    return Session.of(session_id).digest
+
+
+def test_sessions_that_an_app_begins_are_told_to_all(replica: Make) -> None:
+    made = SessionsOf(replica, header="x-sid")
+    made.get(b"X-Sid=a")
+    made.get(b"x-sid=b", (b"x-sid", b"b"))  # of a session that it has already
+    made.get(b"x-sid=c", (b"x-sid", b"b"))  # as after a login
+    # Who asked knows before it has the response.
+    caller = made.replica.caller
+    assert [m[:1] + m[3:4] for m in caller.messages[:2]] == [
+        (SESSION, digest(b"a")),
+        (RESPONSE, [(b"x-sid", b"a")]),
+    ]
+    made.follow()
+    poll(lambda: made.told() == [digest(b"a") + digest(b"c")])
+    made.get(b"x-sid=d")
+    poll(lambda: made.told()[1:] == [digest(b"d")])
+    made.replica.runner.forget(made.follower)
+    made.get(b"x-sid=e")
+    made.get()
+    assert len(made.told()) == 2
+    assert len(caller.of(0, SESSION)) == 4
+
+
+def test_the_newest_sessions_are_kept(
+    replica: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("daskserve.replica.sessions.MAX_TOLD", 2)
+    made = SessionsOf(replica, cookie="sid")
+    for name in (b"a", b"b", b"c"):
+        made.get(b"set-cookie=sid=%s; Path=/" % name)
+    made.follow()
+    poll(lambda: made.told() == [digest(b"b") + digest(b"c")])
+
+
+def test_a_cookie_for_clients_that_have_none(replica: Make) -> None:
+    made = SessionsOf(replica, cookie="sid")
+    (name, line), *more = made.get()[3]
+    assert (name, more) == (b"set-cookie", [])
+    assert line.startswith(b"sid=serve-1-") and b"; Path=/D; " in line
+    pair = line.partition(b";")[0]
+    # It names its replica: nobody has to be told.
+    assert made.replica.caller.of(0, SESSION) == []
+    assert made.get(b"", (b"cookie", pair))[3] == []
+    assert made.get(b"", (b"cookie", b"sid=; a=b"))[3][0][1].startswith(b"sid=serve-1-")
+    assert made.get(b"set-cookie=sid=mine")[3] == [(b"set-cookie", b"sid=mine")]
+
+
+def test_sessions_of_websockets(replica: Make) -> None:
+    made = SessionsOf(replica, cookie="sid")
+    caller = made.replica.caller
+
+    def connect(exchange_id: int, cookie: bytes, *protocols: str) -> Any:
+        fields = (*HEAD[:4], [(b"cookie", cookie)], *HEAD[5:], protocols)
+        made.replica.runner.put(caller, [(CONNECT, exchange_id, 1, fields)])
+        return caller.wait(exchange_id, PUSH)[2]["headers"]
+
+    assert connect(101, b"sid=a") == []
+    assert connect(102, b"a=b")[0][1].startswith(b"sid=serve-1-")
+    assert connect(103, b"a=b", "Set-Cookie=sid=b") == [(b"set-cookie", b"sid=b")]
+    assert [m[3] for m in caller.of(0, SESSION)] == [digest(b"b")]
+
+
+def test_without_the_option_nothing_is_looked_at(replica: Make) -> None:
+    made = replica(Login)
+    made.send(FOLLOW)
+    fields = (*HEAD[:3], b"set-cookie=sid=a", *HEAD[4:])
+    message = made.caller.wait(made.send(REQUEST, fields, b"", False), RESPONSE)
+    assert message[3] == [(b"set-cookie", b"sid=a")]
+    assert made.caller.of(0, SESSION) == []
+    by_query = SessionsOf(replica, query="sid")
+    assert by_query.get(b"set-cookie=sid=a")[3] == [(b"set-cookie", b"sid=a")]
+    assert by_query.replica.caller.of(0, SESSION) == []
+
+
+# Clients that go in the middle of a response.
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_an_app_may_end_what_nobody_wants_any_more(
+    replica: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listens: bool
+) -> None:
+    monkeypatch.setattr("daskserve.replica.runner.TOLD_S", 0.2)
+    how = tmp_path / "how"
+
+    async def stream(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        body = {"type": "http.response.body", "body": b"x", "more_body": True}
+        await send(body)
+        try:
+            if listens:
+                assert (await receive())["type"] == "http.disconnect"
+            else:
+                await asyncio.sleep(10)
+            how.write_text("ended")
+        except asyncio.CancelledError:
+            how.write_text("cancelled")
+            raise
+
+    @serve.ingress(stream)
+    class App: ...
+
+    made = replica(App)
+    number = made.request()
+    made.caller.wait(number, CHUNK)
+    began = time.monotonic()
+    made.send(CANCEL)
+    poll(how.exists)
+    assert (time.monotonic() - began < 0.15) == listens
+    assert how.read_text() == ("ended" if listens else "cancelled")
+    poll(lambda: made.runner.ongoing == 0)
+    assert made.caller.of(number, ERROR) == []

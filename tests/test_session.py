@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from distributed import Scheduler, Worker
 
 import daskserve as serve
+from daskserve.controller import publisher
+from daskserve.controller.publisher import Publisher
 from daskserve.session import WorkerSession, client_session
-from tests.utils import ProcessCluster, free_port, leftover_threads
+from daskserve.transport.snapshots import follow
+from tests.utils import ProcessCluster, free_port, leftover_threads, poll
 
 NO_SERVER = {"location": "NoServer"}
 
@@ -40,6 +45,80 @@ def test_handles_outlive_an_instance(process_cluster: ProcessCluster) -> None:
             # deploy() has returned, so this handle knows of it.
             assert handle.remote().result(timeout_s=10) == 2
             assert client_session(other).dispatcher is kept
+
+
+def test_the_clock_may_step_back(process_cluster: ProcessCluster) -> None:
+    def step_back() -> None:
+        # Only for the numbers: under one that does, Dask's own timers would wait.
+        clock = SimpleNamespace(**vars(time))
+        clock.time = lambda: time.time() - 3600
+        publisher.time = clock  # type: ignore[assignment]
+
+    @serve.deployment
+    def number(value: int = 1) -> int:
+        return value
+
+    with process_cluster.client() as other, process_cluster.client() as client:
+        with client.as_current():
+            serve.start(client, http_options=NO_SERVER)
+            number.deploy()
+        with other.as_current():
+            handle = number.get_handle()
+            assert handle.remote().result(timeout_s=10) == 1
+        with client.as_current():
+            serve.shutdown()
+            client.run_on_scheduler(step_back)
+            serve.start(client, http_options=NO_SERVER)
+            number.deploy()
+        with other.as_current():
+            assert handle.remote(2).result(timeout_s=10) == 2
+
+
+def test_a_scheduler_that_counts_from_below(process_cluster: ProcessCluster) -> None:
+    """Its clients have newer numbers from the one before it."""
+
+    def set_number(dask_scheduler: Scheduler, version: int) -> None:
+        plugin = dask_scheduler.plugins["daskserve"]
+        plugin._instance.publisher.version = version  # type: ignore[attr-defined]
+
+    @serve.deployment
+    def number(value: int = 1) -> int:
+        return value
+
+    with process_cluster.client() as client, client.as_current():
+        serve.start(client, http_options=NO_SERVER)
+        session = client_session(client)
+        session.dispatcher.version = 2**50  # what it had
+        client.run_on_scheduler(set_number, version=7)
+        client.loop.add_callback(session._subscribe)
+        poll(lambda: session.dispatcher.version > 2**50)
+        began = time.monotonic()
+        number.deploy()
+        assert time.monotonic() - began < 4  # all followed: nobody is waited for
+        assert number.get_handle().remote(2).result(timeout_s=10) == 2
+
+
+def test_numbers_of_snapshots_only_rise() -> None:
+    sent: list[dict[str, Any]] = []
+
+    class Streams:
+        stream_comms = {"w": None}
+
+        def worker_send(self, worker: str, message: dict[str, Any]) -> None:
+            sent.append(message)
+
+    made = Publisher(Streams(), 1)  # type: ignore[arg-type]
+    made.subscribe("w")
+    first = made.version
+    made.rise_above(first)  # given out here
+    assert made.version == first
+    made.rise_above(first + 5)
+    assert made.version == first + 6
+    assert [(m["version"], m["base"]) for m in sent] == [
+        (first, None),
+        (first + 6, first),
+    ]
+    assert follow(made.snapshot, sent[1]["snapshot"]) == made.snapshot
 
 
 def test_a_client_that_is_done_holds_up_nobody(process_cluster: ProcessCluster) -> None:

@@ -294,6 +294,7 @@ def test_status(rig: Rig) -> None:
                 for n in (1, 2)
             ],
             "deaths": [],
+            "autoscaling": "",
         }
     }
 

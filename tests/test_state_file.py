@@ -144,6 +144,18 @@ def test_unreadable_state(state: Path) -> None:
         assert answer(url, "") == {"number": 1, "word": ""}
 
 
+def test_a_second_scheduler_says_so(state: Path) -> None:
+    args = ["--preload", "daskserve", "--state", str(state)]
+    with with_state(state, n_workers=1, nanny=False) as cluster:
+        command = [sys.executable, "-m", "dask", "scheduler", "--port", "0"]
+        run = subprocess.run(
+            [*command, *args], capture_output=True, text=True, timeout=30
+        )
+        assert run.returncode == 2
+        pid = cluster.scheduler.pid
+        assert f"in use by another scheduler (process {pid} on " in run.stderr
+
+
 @pytest.mark.parametrize("args", [("--state", "/nowhere/at/all"), ("--stat", "x")])
 def test_a_command_line_that_cannot_work(args: tuple[str, str]) -> None:
     command = [sys.executable, "-m", "dask", "scheduler", "--port", "0"]

@@ -253,21 +253,34 @@ def test_nonsense_harms_nobody_else(site: Site, where: str) -> None:
 
 
 @near_and_far
-def test_a_client_that_leaves_the_queue_gives_its_place_back(
+def test_one_too_many_is_refused_at_once_and_takes_no_place_of_requests(
     site: Site, where: str
 ) -> None:
-    deployment = site.deploy(Sockets, where=where, max_ongoing_requests=1)
+    deployment = site.deploy(
+        Sockets, where=where, max_websockets=1, max_ongoing_requests=1
+    )
 
     async def leave(url: str) -> None:
         async with websockets.connect(url) as first:
             await first.send("here")
             assert await first.recv() == "here"
             for _ in range(3):
-                with pytest.raises(TimeoutError):
-                    await websockets.connect(url, open_timeout=0.3)
-        async with websockets.connect(url, open_timeout=10) as last:
-            await last.send("served")
-            assert await last.recv() == "served"
+                with pytest.raises(websockets.InvalidStatus) as refused:
+                    await websockets.connect(url)
+                response = refused.value.response
+                assert response.status_code == 503
+                assert b"max_websockets=1" in (response.body or b"")
+            async with httpx.AsyncClient(timeout=10) as client:
+                # An app that has no such path, but answers.
+                answer = await client.get(url.replace("ws:", "http:"))
+                assert answer.status_code == 404
+        async with asyncio.timeout(10):
+            while True:  # the server sees in a moment that it has gone
+                with suppress(InvalidStatus):
+                    async with websockets.connect(url) as last:
+                        await last.send("served")
+                        assert await last.recv() == "served"
+                    return
 
     run(site, site.at(deployment, "/echo"), leave)
 
@@ -506,3 +519,18 @@ def test_a_refusal_has_no_body_where_none_may_be(
             answer += part
     assert answer.startswith(b"HTTP/1.1 %d " % expected)
     assert b"EVIL" not in answer
+
+
+def test_a_handshake_that_websockets_does_not_take(site: Site) -> None:
+    address = urlsplit(site.url)
+    handshake = (
+        b"GET /x HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+        b"X-Long: %s\r\n\r\n" % (b"a" * 8192)
+    )
+    with socket.create_connection((address.hostname, address.port), 10) as sock:
+        sock.sendall(handshake)
+        answer = b""
+        while part := sock.recv(1000):
+            answer += part
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 431 ")

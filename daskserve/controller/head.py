@@ -15,6 +15,7 @@ from distributed.comm.core import connect
 from daskserve import pickling
 from daskserve.config import HTTPOptions, Settings
 from daskserve.transport.dispatcher import Dispatcher
+from daskserve.transport.files import raise_max_files
 from daskserve.transport.load_reports import Loads
 from daskserve.transport.loops import LoopThread
 
@@ -43,6 +44,7 @@ class HeadProxy:
     ) -> None:
         self._scheduler = scheduler
         self._on_ack = on_ack
+        raise_max_files()  # a scheduler that `dask scheduler` did not start has not
         self._thread = LoopThread("daskserve-head")
         self._thread.start()
         self._settings = Settings.load()

@@ -46,6 +46,8 @@ class _Worker:
     #: How long it may say nothing before anything of it is given up.
     patience_s: float = IDLE_PATIENCE_S
     troubles: dict[int, Trouble] = field(default_factory=dict)
+    #: What is said of its files.
+    files: str = ""
 
 
 class HealthBoard:
@@ -81,6 +83,7 @@ class HealthBoard:
         period_s: float,
         patience_s: float,
         troubles: Iterable[Trouble],
+        files: str = "",
     ) -> list[Trouble]:
         """Take a worker's report.
 
@@ -94,6 +97,8 @@ class HealthBoard:
             How long it may say nothing before anything of it is given up.
         troubles
             All that is wrong with its replicas now.
+        files
+            Whether hardly any files are left to it, for people; "" if not.
 
         Returns
         -------
@@ -102,12 +107,16 @@ class HealthBoard:
         """
         self.heard(worker)
         found = self._workers[worker]
-        found.period_s, found.patience_s = period_s, patience_s
+        found.period_s, found.patience_s, found.files = period_s, patience_s, files
         # Lists, after msgpack.
         former, found.troubles = found.troubles, {n: (n, f, t) for n, f, t in troubles}
         well = [(n, False, "") for n in former if n not in found.troubles]
         news = [t for n, t in found.troubles.items() if former.get(n) != t]
         return well + news
+
+    def short_of_files(self) -> list[str]:
+        """Return what is said of workers to which hardly any files are left."""
+        return [worker.files for worker in self._workers.values() if worker.files]
 
     def forget(self, worker: str) -> None:
         """Forget a worker that has left.

@@ -38,6 +38,7 @@ from daskserve.controller.publisher import Publisher
 from daskserve.controller.records import Spec
 from daskserve.controller.state import ControllerState
 from daskserve.exceptions import ServeNotRunningError
+from daskserve.transport.files import FileWatch
 from daskserve.transport.messages import STREAM_COMMAND
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class Instance:
         self._launcher = Launcher(scheduler, self._replica_failed)
         self._policies = Policies()
         self._health = HealthBoard()
+        self._files = FileWatch(f"the scheduler {scheduler.address}")
         self.publisher.silent = self._health.silent
         self._waiting: dict[int, asyncio.Future[Failure | None]] = {}
         self._wake = asyncio.Event()
@@ -269,6 +271,7 @@ class Instance:
         reasons = [self._keeper.reason] if self._keeper is not None else []
         if not self._bound.is_set():
             reasons.append("brought back after the scheduler was lost; no worker yet")
+        reasons += [self._files.reason, *self._health.short_of_files()]
         return "\n".join(filter(None, reasons))
 
     # News.
@@ -337,6 +340,7 @@ class Instance:
         period_s: float,
         patience_s: float,
         troubles: list[Trouble],
+        files: str = "",
     ) -> None:
         """Take what a worker says of itself and of replicas that are ill."""
         if not self.publisher.has(worker):
@@ -346,7 +350,7 @@ class Instance:
             self._wake.set()
         now = time.monotonic()
         for replica_id, fatal, text in self._health.report(
-            worker, period_s, patience_s, troubles
+            worker, period_s, patience_s, troubles, files
         ):
             self._state.replica_ill(replica_id, fatal=fatal, text=text, now=now)
             self._wake.set()
@@ -405,6 +409,7 @@ class Instance:
             self.leaving.sweep(now, running)
             if self.publisher.is_known():
                 self._state.routing_known()
+        self._files.look(now)
         lost = self._give_up_silent(now)
         views = self._views()
         self._follow_load(now)

@@ -69,6 +69,13 @@ class StateKeeper:
             what was found and where it is now.
         """
         try:
+            await asyncio.to_thread(self._file.lock)
+        except BlockingIOError as err:
+            self._give_up(_why(err))
+            return None
+        except Exception as err:  # what follows says what is wrong
+            logger.debug("the state file %s cannot be locked: %s", self.name, err)
+        try:
             data = await asyncio.to_thread(self._file.read)
         except Exception as err:  # fsspec's file systems raise what they like
             self._give_up(f"cannot be read: {_why(err)}")
@@ -107,6 +114,7 @@ class StateKeeper:
         await self.saved()
         if self._task is not None:
             self._task.cancel()
+        await asyncio.to_thread(self._file.unlock)
 
     async def _write_all(self) -> None:
         while self._written < self._wanted:

@@ -119,6 +119,7 @@ class Launcher:
             health_check_timeout_s=action.spec.health_check_timeout_s,
             threads=action.spec.threads,
             abandoned_call_timeout_s=action.spec.abandoned_call_timeout_s,
+            session_affinity=action.spec.session_affinity,
         )
         future: Future[Any] | None = None
         # Until it has heard of a restart, the client would give up what it submits,

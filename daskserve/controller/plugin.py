@@ -92,6 +92,8 @@ class ServeController(SchedulerPlugin):
         self._instance: Instance | None = None
         self._departures: Departures | None = None
         self._starting = asyncio.Lock()
+        #: The newest routing that was given out.
+        self._version = -1
         #: Clients with handles, which outlive an instance: they get the next one's.
         self._clients: set[str] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -271,9 +273,10 @@ class ServeController(SchedulerPlugin):
         period_s: float,
         patience_s: float,
         troubles: list[Trouble],
+        files: str = "",
     ) -> None:
         if self._instance is not None:
-            self._instance.health_report(worker, period_s, patience_s, troubles)
+            self._instance.health_report(worker, period_s, patience_s, troubles, files)
 
     # Ops.
 
@@ -298,6 +301,7 @@ class ServeController(SchedulerPlugin):
                 owner=client,
                 keeper=self._keeper,
             )
+            instance.publisher.rise_above(self._version)
             self._instance = instance  # workers say hello to it
             try:
                 await self._scheduler.register_worker_plugin(
@@ -391,9 +395,13 @@ class ServeController(SchedulerPlugin):
         return self._running().status()
 
     @_answers
-    async def serve_subscribe(self, client: str) -> dict[str, Any]:
-        """Send snapshots to a client from now on; return the present one."""
+    async def serve_subscribe(self, client: str, known: int = -1) -> dict[str, Any]:
+        """Send snapshots to a client from now on; return the present one.
+
+        It has the one numbered `known`, maybe of an earlier scheduler.
+        """
         publisher = self._running().publisher
+        publisher.rise_above(known)
         self._clients.add(client)
         publisher.subscribe(client)
         return {"version": publisher.version, "snapshot": publisher.snapshot}
@@ -446,6 +454,7 @@ class ServeController(SchedulerPlugin):
         instance, self._instance = self._instance, None
         if instance is not None:
             await instance.close()
+            self._version = instance.publisher.version
         # As `Scheduler.unregister_worker_plugin` does, but leaving workers alone that
         # are closing, and so have taken it off already.
         if self._scheduler.worker_plugins.pop(NAME, None) is not None:

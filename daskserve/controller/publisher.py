@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Collection
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from distributed import Scheduler
 from daskserve.controller.load import LoadBoard
 from daskserve.controller.queues import QueueBoard
 from daskserve.transport.messages import STREAM_LOST, STREAM_QUEUED, STREAM_ROUTES
-from daskserve.transport.snapshots import difference
+from daskserve.transport.snapshots import NO_CHANGES, difference
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,8 @@ class Publisher:
     """
 
     def __init__(self, scheduler: Scheduler, ack_timeout_s: float) -> None:
-        # Above those of any instance before, for clients outlive instances.
-        self.version = int(time.time() * 1000)
+        # No clock: it may step back between two instances. See `rise_above`.
+        self.version = random.randrange(2**40)
         self.snapshot: dict[str, Any] = {"routes": {}, "deployments": {}}
         self._scheduler = scheduler
         self._ack_timeout_s = ack_timeout_s
@@ -78,6 +79,18 @@ class Publisher:
             for subscriber in list(self._acked):
                 # It has been sent that one: messages come in order, or not at all.
                 self._send(subscriber, changes, base)
+
+    def rise_above(self, version: int) -> None:
+        """Give the present snapshot a number above one of an instance before.
+
+        Clients outlive instances and schedulers, and ignore what looks older than what
+        they have. A number that is not above ours was given out here.
+        """
+        if version > self.version:
+            base, self.version = self.version, version + 1
+            self._published_at = time.monotonic()
+            for subscriber in list(self._acked):
+                self._send(subscriber, NO_CHANGES, base)
 
     def subscribe(self, subscriber: Subscriber) -> None:
         """Add a worker or client and send it the newest snapshot."""

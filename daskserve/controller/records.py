@@ -67,6 +67,8 @@ class Spec:
         Sync calls that run at once in a replica.
     abandoned_call_timeout_s
         Seconds that a sync call may run on for which nobody waits. None: for ever.
+    session_affinity
+        The kind of what has a session's id, and its name. None: no affinity.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Spec:
     threads: int = 1
     max_websockets: int = 1000
     abandoned_call_timeout_s: float | None = 600.0
+    session_affinity: Mapping[str, str] | None = None
 
     @property
     def watch(self) -> Watch:
@@ -167,6 +170,7 @@ class Spec:
             and self.threads == other.threads
             and dict(self.resources) == dict(other.resources)
             and self.workers == other.workers
+            and self.session_affinity == other.session_affinity
             and (other.user_config is not None or self.user_config is None)
         )
 

@@ -37,7 +37,7 @@ def routing_of(deployments: Iterable[ManagedDeployment]) -> dict[str, Any]:
 def _routing_entry(d: ManagedDeployment) -> dict[str, Any]:
     spec = d.routed.spec
     replicas = sorted(d.routable(), key=lambda r: r.replica_id)
-    entry = {
+    entry: dict[str, Any] = {
         "replicas": [
             [r.replica_id, r.tag, r.worker, r.direct, r.first_limit] for r in replicas
         ],
@@ -48,6 +48,8 @@ def _routing_entry(d: ManagedDeployment) -> dict[str, Any]:
         # Nothing comes any more: requests need not wait for a replica.
         "hopeless": not d.upkeep(),
     }
+    if spec.session_affinity is not None:
+        entry["session_affinity"] = dict(spec.session_affinity)
     if spec.autoscaling is not None:
         entry["load_interval_s"] = spec.autoscaling["metrics_interval_s"]
     return entry

@@ -1,18 +1,21 @@
 """The state file's I/O: whole or not at all, for nobody else to read. Any thread.
 
-A path is written to a temporary file beside it, synced and renamed. A URL goes the way
-that its fsspec file system has for writing all or nothing, if it has one.
+A path is written to a temporary file beside it, synced and renamed; it is refused if
+other users could write it, and locked. A URL goes the way that its fsspec file system
+has for writing all or nothing, if it has one; who may read and write it is for the
+store to say, and nothing keeps two schedulers from using the same.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
+
+from daskserve.controller.file_safety import FileLock, check_file, check_path
 
 
 class StateFile(Protocol):
@@ -25,6 +28,12 @@ class StateFile(Protocol):
     """
 
     name: str
+
+    def lock(self) -> None:
+        """Keep other schedulers off; `BlockingIOError` if one has it."""
+
+    def unlock(self) -> None:
+        """Let other schedulers use it."""
 
     def read(self) -> bytes | None:
         """Return what is there; None if there is nothing."""
@@ -52,8 +61,9 @@ def open_state_file(where: str) -> StateFile:
     StateFile
         The file.
     """
-    if "://" not in where or where.startswith("file://"):
-        return LocalFile(Path(where.removeprefix("file://")))
+    scheme, found, path = where.rpartition("://")
+    if not found or scheme in ("file", "local"):
+        return LocalFile(Path(path))
     return RemoteFile(where)
 
 
@@ -61,14 +71,28 @@ class LocalFile:
     """A file of this host, or of a file system that it has mounted."""
 
     def __init__(self, path: Path) -> None:
+        self._given = path.expanduser().absolute()
         # The rename is to replace what a link names, not the link.
-        self._path = path.expanduser().resolve()
+        self._path = self._given.resolve()
         self.name = str(self._path)
+        self._lock = FileLock(self._path)
+
+    def lock(self) -> None:
+        """Keep other schedulers off; `BlockingIOError` if one has it."""
+        check_path(self._given)
+        self._lock.acquire()
+
+    def unlock(self) -> None:
+        """Let other schedulers use it."""
+        self._lock.release()
 
     def read(self) -> bytes | None:
         """Return what is there; None if there is nothing."""
+        check_path(self._given)
         try:
-            return self._path.read_bytes()
+            with open(self._path, "rb", opener=_open_no_link) as file:
+                check_file(self._path, os.fstat(file.fileno()))
+                return file.read()
         except FileNotFoundError:
             return None
 
@@ -97,9 +121,7 @@ class LocalFile:
         self._write_beside(b"probe").unlink()
 
     def _write_beside(self, data: bytes) -> Path:
-        if self._path.exists() and not self._path.is_file():
-            # A device would be replaced as if it were one.
-            raise OSError(errno.EINVAL, "Not a regular file", self.name)
+        check_path(self._given)
         # It may hold a token: `mkstemp` lets only the owner read it.
         handle, name = tempfile.mkstemp(
             prefix=f".{self._path.name}.", dir=self._path.parent
@@ -121,6 +143,12 @@ class RemoteFile:
 
     def __init__(self, url: str) -> None:
         self.name = url
+
+    def lock(self) -> None:
+        """Do nothing: fsspec has no locks."""
+
+    def unlock(self) -> None:
+        """Do nothing."""
 
     def read(self) -> bytes | None:
         """Return what is there; None if there is nothing."""
@@ -157,6 +185,12 @@ class RemoteFile:
 
         fs, path = fsspec.core.url_to_fs(self.name, use_listings_cache=False)
         return fs, path
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    # Nothing is put in its place between a look and this; nor is a pipe waited for.
+    more = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return os.open(path, flags | more)
 
 
 def _aside(name: str) -> str:

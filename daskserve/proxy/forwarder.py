@@ -27,6 +27,7 @@ from daskserve.proxy.websocket import WebSocketRelay
 from daskserve.proxy.windows import Windows
 from daskserve.transport.call import Call
 from daskserve.transport.dispatcher import Dispatcher
+from daskserve.transport.group import Group
 from daskserve.transport.messages import (
     CHUNK,
     CREDIT,
@@ -181,8 +182,18 @@ class Forwarder:
         info.prefix, info.deployment = match
         window = self._windows.take()
         head = (*_head(scope, root_path, path, info), self._options.debug, window)
-        call = Call(self._dispatcher, info.deployment, model_id_of(info.headers))
-        timeout_s = self._timeout_s(info)
+        group = self._dispatcher.groups.get(info.deployment)
+        session = None
+        if group is not None and (affinity := group.affinity) is not None:
+            session = affinity.session(scope["headers"], scope["query_string"])
+        call = Call(
+            self._dispatcher,
+            info.deployment,
+            model_id_of(info.headers),
+            session,
+            websocket=scope["type"] == "websocket",
+        )
+        timeout_s = self._timeout_s(info, group)
         deadline = None
         if timeout_s is not None:
             deadline = self._dispatcher.loop.time() + timeout_s
@@ -317,9 +328,8 @@ class Forwarder:
                 call.send(CREDIT, owed)
                 owed = 0
 
-    def _timeout_s(self, info: RequestInfo) -> float | None:
+    def _timeout_s(self, info: RequestInfo, group: Group | None) -> float | None:
         limit = self._options.request_timeout_s
-        group = self._dispatcher.groups.get(info.deployment)
         if group is not None and group.timeout_s is not None:
             limit = group.timeout_s
         asked = info.headers.get(b"x-request-timeout-seconds")

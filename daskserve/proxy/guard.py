@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable
 from http import HTTPStatus
@@ -20,6 +21,8 @@ from daskserve.config import HTTPOptions
 from daskserve.proxy.express import Express
 from daskserve.proxy.http_protocol import Cycle, HttpProtocol
 from daskserve.proxy.request import FULL_KEY
+from daskserve.transport.files import max_files, missing_files, reserve_files
+from daskserve.transport.handshakes import TlsListener
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,11 @@ MIN_RATE = 240
 LINGER_S = 5.0
 #: Connections beyond the limit that still get an answer, health checks a real one.
 SPARE_CONNECTIONS = 64
+#: So many files are to be free: with fewer, who waits for nothing has to go. And so
+#: many are kept for when others in this process have taken all.
+FREE_FILES, RESERVED_FILES = 16, 8
+#: Seconds between two warnings of that.
+FILES_WARNING_S = 60.0
 
 
 class Guard:
@@ -51,12 +59,19 @@ class Guard:
         #: The quick way of requests, if there is one.
         self.express: Express | None = None
         # The rest of the files is for the worker's own connections and user code.
-        self.max_connections = min(options.max_connections, _max_files() // 2)
+        self.max_connections = min(options.max_connections, max_files() // 2)
+        self.spare_connections = min(SPARE_CONNECTIONS, max_files() // 16)
         self.connections: set[GuardedProtocol] = set()
         #: Those between two requests; who has been idle for longest comes first.
         self.idle: dict[GuardedProtocol, None] = {}
         #: Whether connections end with the response that they wait for next.
         self.closing = False
+        #: Where TLS connections are before they are in `connections`.
+        self.listener: TlsListener | None = None
+        #: Whether hardly any files can be opened.
+        self.short_of_files = False
+        self._reserve: list[int] = []
+        self._warn_after = 0.0
 
     @property
     def protocol(self) -> Callable[..., asyncio.Protocol]:
@@ -69,6 +84,55 @@ class Guard:
             connection.check(now)
         if self.express is not None:
             self.express.sweep(now)
+        self.look_at_files(now)
+
+    def admit_handshake(self) -> bool:
+        """Whether one more TLS connection may come, for which room is made."""
+        assert self.listener is not None
+        there = len(self.connections) + len(self.listener.handshakes)
+        excess = there + 1 - self.max_connections
+        return excess <= 0 or self.make_room() or excess <= self.spare_connections
+
+    def has_room(self, connection: GuardedProtocol) -> tuple[bool, bool]:
+        """Whether a new connection is to be served, and whether it is to be heard."""
+        if self.listener is not None:
+            self.listener.handshakes.pop(connection, None)
+        excess = len(connection.connections) - self.max_connections
+        if self.listener is not None:
+            excess += len(self.listener.handshakes)
+        if excess <= 0:
+            if self.short_of_files:
+                self.make_room()
+            return True, True
+        return self.make_room(), excess <= self.spare_connections
+
+    def look_at_files(self, now: float) -> None:
+        """See that some files can be opened, if only by who asks whether we live."""
+        missing = missing_files(FREE_FILES)
+        self.short_of_files = missing > 0
+        if not missing:
+            if not self._reserve and not missing_files(FREE_FILES + RESERVED_FILES):
+                self._reserve = reserve_files(RESERVED_FILES)
+            return
+        closed = 0
+        while closed < missing and self.make_room():
+            closed += 1
+        if closed < missing:
+            self.release_files()
+        if now >= self._warn_after:
+            self._warn_after = now + FILES_WARNING_S
+            logger.warning(
+                "Hardly any of the %d files that this process may open (ulimit -n) is "
+                "left: closed %d idle or half-open connections",
+                max_files(),
+                closed,
+            )
+
+    def release_files(self) -> None:
+        """Let others have what is kept for need."""
+        for file in self._reserve:
+            os.close(file)
+        self._reserve = []
 
     def close_gently(self) -> None:
         """Let every connection end with its next response, which says so."""
@@ -84,7 +148,9 @@ class Guard:
                 connection.transport.close()
 
     def make_room(self) -> bool:
-        """Close the connection that has been idle for longest, if there is one."""
+        """Close what has been half-open or idle for longest, if there is anything."""
+        if self.listener is not None and self.listener.drop_oldest():
+            return True
         connection = next(iter(self.idle), None)
         if connection is None:
             return False
@@ -130,9 +196,9 @@ class GuardedProtocol(HttpProtocol):
         """Admit the connection if there is room, or can be made."""
         super().connection_made(transport)
         guard = self._guard
-        excess = len(self.connections) - guard.max_connections
-        self._full = excess > 0 and not guard.make_room()
-        if self._full and excess > SPARE_CONNECTIONS:
+        room, heard = guard.has_room(self)
+        self._full = not room
+        if not (room or heard):
             transport.abort()
         self._gently_closed = _GentlyClosed(self)
         guard.connections.add(self)
@@ -420,14 +486,6 @@ class _GentlyClosed:
             connection.linger()
         else:
             connection.transport.close()
-
-
-def _max_files() -> int:
-    if sys.platform == "win32":
-        return 2**15
-    import resource
-
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def _verdict(status: HTTPStatus) -> tuple[HTTPStatus, str]:

@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import uvicorn
@@ -26,6 +26,8 @@ from daskserve.proxy.steering import accept_all, reset, steer_away
 from daskserve.proxy.websocket_protocol import WebSocketProtocol
 from daskserve.proxy.windows import Windows
 from daskserve.transport.dispatcher import Dispatcher
+from daskserve.transport.forks import close_in_children
+from daskserve.transport.handshakes import TlsListener
 from daskserve.transport.silence import keep_alive
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,17 @@ class HTTPServer:
         self._sock: socket.socket | None = None
         self._unix_inode: int | None = None
         self._adopting: set[asyncio.Task[Any]] = set()
+        close_in_children(self)
+
+    def files(self) -> Iterable[int]:
+        """Return the files of all sockets, for forked children to close."""
+        if self._sock is not None:
+            yield self._sock.fileno()
+        if self._server is not None:
+            for connection in list(self._server.server_state.connections):
+                sock = connection.transport.get_extra_info("socket")
+                if sock is not None:
+                    yield sock.fileno()
 
     async def start(
         self, *, port: int, share_port: bool, probe: bool, routes: Mapping[str, str]
@@ -157,11 +170,12 @@ class HTTPServer:
         loop = asyncio.get_running_loop()
         assert self._server is not None
         for connection in connections:
+            if self._guard.listener is not None:
+                self._guard.listener.begin(connection)
+                continue
             connection.setblocking(False)
             task = loop.create_task(
-                loop.connect_accepted_socket(
-                    self._server.make_protocol, connection, ssl=self._server.config.ssl
-                )
+                loop.connect_accepted_socket(self._server.make_protocol, connection)
             )
             self._adopting.add(task)
             task.add_done_callback(self._adopted)
@@ -199,6 +213,7 @@ class HTTPServer:
         await asyncio.wait([self._task], timeout=drain_s)
         self._server.force_exit = True
         await asyncio.wait([self._task], timeout=1)
+        self._guard.release_files()
         if self._options.uds is not None:
             with contextlib.suppress(OSError):
                 if os.stat(self._options.uds).st_ino == self._unix_inode:
@@ -292,7 +307,20 @@ class _Server(uvicorn.Server):
         return protocol
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        context = self.config.ssl
+        if context is None or sockets is None:
+            await super().startup(sockets)
+        else:
+            await super().startup([])
+            guard = self._guard
+            guard.listener = TlsListener(
+                sockets[0],
+                context,
+                self.make_protocol,
+                guard.header_timeout_s,
+                guard.admit_handshake,
+            )
+            self.servers = [guard.listener]  # type: ignore[list-item]
         self.ready.set()
 
     async def on_tick(self, counter: int) -> bool:

@@ -33,7 +33,6 @@ class WebSocketRelay:
     def __init__(self, call: Call, timeout_s: float | None) -> None:
         self._timeout_s = timeout_s
         self._call = call
-        self._call.websocket = True
         self._call.on_grant = self._grant
         self._granted = 0
         self._room = asyncio.Event()

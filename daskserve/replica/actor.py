@@ -7,6 +7,7 @@ replica's own thread and reports from there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ class ReplicaSpec:
     threads: int = 1
     #: For how many seconds one may run on that nobody waits for; None: for ever.
     abandoned_call_timeout_s: float | None = None
+    session_affinity: Mapping[str, str] | None = None
 
 
 class Replica:

@@ -7,10 +7,7 @@ turn, one for each, and they are told.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import Generic, TypeVar
-
-C = TypeVar("C")
+from collections import deque
 
 #: Calls on threads that take longer than this, in seconds, are sent one at a time for
 #: each thread: what waits can then go to whoever is free first. Of shorter ones there
@@ -41,7 +38,16 @@ def slots_of_threads(threads: int, call_s: float, most: int) -> int:
     return min(threads + ahead, most)
 
 
-class Admission(Generic[C]):
+class Caller:
+    """A process that asks: how many slots it has, would like, and are kept for it."""
+
+    __slots__ = ("held", "kept", "wanted")
+
+    def __init__(self) -> None:
+        self.held = self.wanted = self.kept = 0
+
+
+class Admission:
     """The slots of one replica.
 
     Parameters
@@ -51,97 +57,96 @@ class Admission(Generic[C]):
 
     Examples
     --------
-    >>> slots = Admission(1)
-    >>> slots.take("near"), slots.take("far")
+    >>> slots, near, far = Admission(1), Caller(), Caller()
+    >>> slots.take(near), slots.take(far)
     (True, False)
-    >>> slots.give_back("near")
-    >>> slots.offer(), slots.take("near"), slots.take("far")
-    ('far', False, True)
+    >>> slots.give_back(near)
+    >>> slots.offer() is far, slots.take(near), slots.take(far)
+    (True, False, True)
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
-        #: Calls that nobody waits for any more, and that run on.
-        self.abandoned = 0
-        self._taken = 0
-        #: How many slots each caller has, ...
-        self._held: dict[C, int] = {}
-        #: ... would like to have, in turn, ...
-        self._wanted: OrderedDict[C, int] = OrderedDict()
-        #: ... and are kept for it.
-        self._kept: dict[C, int] = {}
-        self._all_kept = 0
+        self._limit = limit
+        self._abandoned = 0
+        #: What nobody has, and is kept for nobody; below 0 when the limit has sunk.
+        self._free = limit
+        #: Slots that callers have.
+        self.taken = 0
+        #: Slots that are kept for callers.
+        self.kept = 0
+        #: Callers that want slots, in turn; who has gone wants none.
+        self._queue: deque[Caller] = deque()
+
+    @property
+    def limit(self) -> int:
+        """How many slots there are."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, limit: int) -> None:
+        self._free += limit - self._limit
+        self._limit = limit
+
+    @property
+    def abandoned(self) -> int:
+        """Calls that nobody waits for any more, and that run on in slots."""
+        return self._abandoned
+
+    @abandoned.setter
+    def abandoned(self, number: int) -> None:
+        self._free -= number - self._abandoned
+        self._abandoned = number
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody wants a slot."""
-        return bool(self._wanted)
+        """Whether anybody may want a slot."""
+        return bool(self._queue)
 
-    @property
-    def kept(self) -> bool:
-        """Whether a slot is kept for anybody."""
-        return self._all_kept > 0
-
-    @property
-    def callers(self) -> list[C]:
-        """All that have sent anything, and not gone."""
-        return list(self._held)
-
-    def take(self, caller: C) -> bool:
+    def take(self, caller: Caller) -> bool:
         """Take a slot for a request; False: there is none, and the caller wants one."""
-        kept = self._kept.get(caller, 0) if self._all_kept else 0
-        if kept:
-            self._keep(caller, kept - 1)
-        free = self.limit - self._taken - self.abandoned - self._all_kept
-        if free <= 0:
-            self._wanted.setdefault(caller, 1)
+        if caller.kept:
+            caller.kept -= 1
+            self.kept -= 1
+        elif self._free > 0:
+            self._free -= 1
+        else:
+            self.want(caller, max(1, caller.wanted))
             return False
-        self._taken += 1
-        self._held[caller] = self._held.get(caller, 0) + 1
+        self.taken += 1
+        caller.held += 1
         return True
 
-    def give_back(self, caller: C) -> None:
+    def give_back(self, caller: Caller) -> None:
         """Give the slot of a request back."""
-        self._taken -= 1
-        if caller in self._held:  # else it has gone
-            self._held[caller] -= 1
+        self._free += 1
+        self.taken -= 1
+        caller.held -= 1
 
-    def want(self, caller: C, number: int) -> None:
+    def want(self, caller: Caller, number: int) -> None:
         """Note that a caller has use for so many slots."""
-        self._held.setdefault(caller, 0)
-        self._wanted[caller] = number
+        if not caller.wanted:
+            self._queue.append(caller)
+        caller.wanted = number
 
-    def offer(self) -> C | None:
+    def offer(self) -> Caller | None:
         """Keep a free slot for the caller whose turn it is; return whom, or None."""
-        free = self.limit - self._taken - self.abandoned - self._all_kept
-        if free <= 0 or not self._wanted:
-            return None
-        caller, number = self._wanted.popitem(last=False)
-        if number > 1:
-            self._wanted[caller] = number - 1
-        self._keep(caller, self._kept.get(caller, 0) + 1)
-        return caller
+        while self._free > 0 and self._queue:
+            caller = self._queue.popleft()
+            if not caller.wanted:
+                continue
+            caller.wanted -= 1
+            if caller.wanted:
+                self._queue.append(caller)
+            caller.kept += 1
+            self.kept += 1
+            self._free -= 1
+            return caller
+        return None
 
-    def withdraw(self, caller: C) -> None:
-        """Note that a caller has no use for slots any more."""
-        self._wanted.pop(caller, None)
-        self._keep(caller, 0)
-
-    def withdraw_kept(self) -> None:
-        """Keep slots for nobody any more: those callers are too late."""
-        self._kept.clear()
-        self._all_kept = 0
-
-    def forget(self, caller: C) -> None:
-        """Forget a caller that has gone; what it has still to give back counts."""
-        self.withdraw(caller)
-        self._held.pop(caller, None)
-
-    def others(self, caller: C) -> int:
-        """Return how many slots others have than this caller, or nobody any more."""
-        return self._taken + self.abandoned - self._held.get(caller, 0)
-
-    def _keep(self, caller: C, number: int) -> None:
-        self._all_kept += number - self._kept.pop(caller, 0)
-        if number:
-            self._kept[caller] = number
+    def withdraw(self, caller: Caller) -> None:
+        """Note that a caller has no use for slots any more, or has gone."""
+        if caller.wanted:
+            self._queue.remove(caller)
+        self._free += caller.kept
+        self.kept -= caller.kept
+        caller.wanted = caller.kept = 0

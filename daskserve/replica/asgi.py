@@ -15,6 +15,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from daskserve.replica.admission import Caller
+from daskserve.replica.sessions import Sessions
 from daskserve.transport.channel import ReplyTo
 from daskserve.transport.messages import (
     CHUNK,
@@ -91,16 +93,15 @@ class HttpExchange:
     window_bytes
         How much of the request's body may be on its way here, and of the response if
         the caller holds that much.
-    starts
+    starts, sessions
         The replica's.
     """
 
-    __slots__ = ("_body", "_changed", "_charged", "_bodiless", "_dropped", "_held",
-                 "_left", "_max_chunk", "_more_body", "_on_the_way", "_start",
-                 "_starts", "_window", "admitted", "began", "disconnected", "entered",
-                 "exchange_id", "head",
-                 "reply_to", "response_complete", "response_started",
-                 "task")  # fmt: skip
+    __slots__ = ("_bodiless", "_body", "_changed", "_charged", "_dropped", "_held",
+                 "_left", "_max_chunk", "_more_body", "_on_the_way", "_sessions",
+                 "_start", "_starts", "_window", "began", "disconnected", "entered",
+                 "exchange_id", "head", "reply_to", "response_complete",
+                 "response_started", "slot", "task")  # fmt: skip
 
     def __init__(
         self,
@@ -108,14 +109,16 @@ class HttpExchange:
         message: tuple[Any, ...],
         window_bytes: int,
         starts: Starts,
+        sessions: Sessions | None = None,
     ) -> None:
         self.reply_to = reply_to
         self._starts = starts
+        self._sessions = sessions
         self.exchange_id: int = message[1]
         self.head = Head._make(message[3])
         self.task: asyncio.Task[None] | None = None
-        #: It has a slot of the replica, and since when.
-        self.admitted = True
+        #: Whose slot of the replica it has, and since when.
+        self.slot: Caller | None = None
         self.began = time.perf_counter()
         #: Its task has begun to run.
         self.entered = False
@@ -197,6 +200,8 @@ class HttpExchange:
                 raise RuntimeError("Unexpected second 'http.response.start'.")
             status, headers, self._left = read_start(event, self.head.method)
             self._bodiless = status in NO_BODY or self.head.method == "HEAD"
+            if self._sessions is not None:
+                self._sessions.answered(self.reply_to, self.head, headers)
             self._start = (status, headers)
             self._starts.add(self)
         elif kind == "http.response.body":

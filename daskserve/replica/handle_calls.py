@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from daskserve.packing import Packed
+from daskserve.replica.admission import Caller
 from daskserve.transport.channel import ReplyTo
 from daskserve.transport.messages import ITEM, item_cost
 
@@ -15,11 +16,11 @@ from daskserve.transport.messages import ITEM, item_cost
 class HandleCall:
     """One call through a handle that is in the replica."""
 
-    __slots__ = ("admitted", "began", "entered", "task")
+    __slots__ = ("began", "entered", "slot", "task")
 
     def __init__(self) -> None:
-        #: It has a slot of the replica, and since when.
-        self.admitted = True
+        #: Whose slot of the replica it has, and since when.
+        self.slot: Caller | None = None
         self.began = time.perf_counter()
         self.task: asyncio.Task[None] | None = None
         #: Whether its task has begun.

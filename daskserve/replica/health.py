@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, TypeAlias
 
+from daskserve.transport.files import FileWatch
 from daskserve.transport.messages import (
     IDLE_PATIENCE_S,
     IDLE_PERIOD_S,
@@ -149,11 +150,17 @@ class HealthMonitor:
         The replicas by number; others add and remove them.
     send
         Sends a message to the controller.
+    where
+        How people know this process.
     """
 
     def __init__(
-        self, runners: Mapping[int, Checkable], send: Callable[[dict[str, Any]], None]
+        self,
+        runners: Mapping[int, Checkable],
+        send: Callable[[dict[str, Any]], None],
+        where: str = "a worker",
     ) -> None:
+        self._files = FileWatch(where)
         self._runners = runners
         self._send = send
         self._patients: dict[int, _Patient] = {}
@@ -188,7 +195,7 @@ class HealthMonitor:
             (p.look_for_abandoned(now) for p in self._patients.values()),
             default=math.inf,
         )
-        report = self._report(period_s)
+        report = self._report(period_s, now)
         if report != self._reported or now + LEAST_PERIOD_S / 2 >= self._report_at:
             self._send(report)
             self._reported, self._report_at = report, now + period_s
@@ -218,12 +225,13 @@ class HealthMonitor:
         if patient.task is not None:
             patient.task.cancel()
 
-    def _report(self, period_s: float) -> dict[str, Any]:
+    def _report(self, period_s: float, now: float) -> dict[str, Any]:
         sums = [sum(p.runner.rhythm) for p in self._patients.values()]
         return {
             "op": STREAM_HEALTH,
             "period_s": period_s,
             "patience_s": max(LEAST_PATIENCE_S, min(sums, default=IDLE_PATIENCE_S)),
+            "files": self._files.look(now),
             "troubles": [
                 (replica_id, *trouble)
                 for replica_id, patient in self._patients.items()

@@ -13,7 +13,6 @@ import inspect
 import logging
 import math
 import os
-import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
@@ -28,15 +27,18 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from daskserve import packing
 from daskserve.packing import Packed
 from daskserve.replica.actor import ReplicaSpec
-from daskserve.replica.admission import Admission, slots_of_threads
+from daskserve.replica.admission import Caller
 from daskserve.replica.asgi import HttpExchange, Starts
 from daskserve.replica.client import ReplicaClients
 from daskserve.replica.context import ReplicaContext, current_replica
 from daskserve.replica.encode import NotEncodableError, encode
 from daskserve.replica.handle_calls import HandleCall, StreamCall, is_stream
+from daskserve.replica.intake import Intake
 from daskserve.replica.servable import Servable, UnknownMethodError
+from daskserve.replica.sessions import Sessions
 from daskserve.replica.websocket import ClientDisconnectedError, WebSocketExchange
 from daskserve.transport import values
+from daskserve.transport.affinity import Affinity
 from daskserve.transport.channel import ReplyTo
 from daskserve.transport.direct import DirectListener
 from daskserve.transport.loops import LoopThread, Mailbox
@@ -50,17 +52,15 @@ from daskserve.transport.messages import (
     END,
     ERROR,
     EVENT,
+    FOLLOW,
     FULL,
     FULL_OF_WEBSOCKETS,
-    LOAD,
     MODELS,
-    NO_LIMIT,
     NOT_ENCODABLE,
     OPENING,
     REFUSED,
     REQUEST,
     RESULT,
-    ROOM,
     STOPPED,
     UNKNOWN_METHOD,
     USER_ERROR,
@@ -76,16 +76,12 @@ logger = logging.getLogger(__name__)
 #: An exchange: who began it, and its number there.
 Key: TypeAlias = tuple[ReplyTo, int]
 
-#: How long free slots are kept for callers that want them, and say nothing.
-KEPT_S = 1.0
-#: How often a caller is told at most, and how often again, what others have here.
-TELL_S, TELL_AGAIN_S = 0.001, 0.5
 #: Of how many models callers are told, the last used ones.
 MAX_TOLD = 1000
-#: How much the time of a call counts beside those before it.
-WEIGHT = 0.1
 #: How long cancelled requests may take to clean up.
 CANCEL_TIMEOUT_S = 1.0
+#: How long an app may take to end a response that nobody wants any more by itself.
+TOLD_S = 1.0
 #: Beyond the grace period, how long a replica may take before it is given up.
 STOP_MARGIN_S = 4.0
 #: How long shutdown hooks and ``__del__`` may take together, after the grace period.
@@ -101,8 +97,8 @@ class Running(Protocol):
 class Admitted(Protocol):
     """An exchange that has a slot."""
 
-    #: Whether it has it still, and since when, by `time.perf_counter`.
-    admitted: bool
+    #: Whose it is, while it has it, and since when, by `time.perf_counter`.
+    slot: Caller | None
     began: float
 
 
@@ -154,31 +150,20 @@ class Runner:
         self._websockets: dict[Key, WebSocketExchange] = {}
         self._calls: dict[Key, HandleCall] = {}
         self._listener: DirectListener | None = None
-        limit = spec.max_ongoing_requests
-        self._most = NO_LIMIT if limit is None else limit
-        self._admission: Admission[str] = Admission(self._most)
-        #: How many requests callers send before they have heard; None: all there are.
-        self.first_limit: int | None = None
-        #: The channel that each caller used last.
-        self._ways: dict[str, ReplyTo] = {}
-        #: What callers were told of the load here, and when.
-        self._told: dict[str, tuple[tuple[int, int, int, bool], float]] = {}
-        #: Of the next look at slots that are kept for callers.
-        self._keeping: asyncio.TimerHandle | None = None
-        #: How long async calls take, those of apps included, in seconds.
-        self._call_s = 0.0
-        self._stuck = False
-        #: Which models are loaded, as callers are told.
-        self._models: Message | None = None
         self._warned_at = -math.inf
+        affinity = Affinity.of(spec.session_affinity)
+        self._sessions: Sessions | None = None
+        if affinity is not None:
+            self._sessions = Sessions(affinity, spec.replica_id)
         self._accepting = False
         self._stopping = False
         self._idle = asyncio.Event()
         self._reconfiguring = asyncio.Lock()
         self._busy_changed = busy_changed
         self._servable = Servable(
-            spec, self.loop, self._context, busy_changed, self._deserted_ended
+            spec, self.loop, self._context, self._abandoned, self._abandoned_ended
         )
+        self._intake = Intake(self.loop, spec, self._servable)
         #: For `get_client` in user code.
         self.clients = ReplicaClients(session.worker, self._thread.loop)
 
@@ -186,6 +171,16 @@ class Runner:
     def loop(self) -> asyncio.AbstractEventLoop:
         """The loop of async user code."""
         return self._thread.loop
+
+    @property
+    def deserted(self) -> int:
+        """Calls that run on though nobody waits for them."""
+        return self._servable.deserted
+
+    @property
+    def first_limit(self) -> int | None:
+        """How many requests callers send before they have heard; None: all."""
+        return self._intake.first_limit
 
     @property
     def tag(self) -> str:
@@ -227,9 +222,7 @@ class Runner:
         ids = [model_id for each in models for model_id in each.ids]
         load_us = int(max(each.load_s for each in models) * 1e6)
         news = min(limits, default=0), load_us, tuple(ids[-MAX_TOLD:])
-        self._models = (MODELS, 0, self.spec.replica_id, *news)
-        for reply_to in self._ways.values():
-            reply_to.send(self._models)
+        self._intake.greet((MODELS, 0, self.spec.replica_id, *news))
 
     def check_health(self, began: Callable[[], None]) -> Future[bool]:
         """Call `began`, and the user's ``check_health()``, on the loop; any thread.
@@ -293,9 +286,7 @@ class Runner:
             self._report({"event": "failed", "text": text})
             return
         direct = await self._listen()
-        if self._servable.threaded:
-            self.first_limit = min(self.spec.threads, self._most)
-            self._admission.limit = self.first_limit
+        self._intake.started()
         self._accepting = not self._stopping
         started = {"event": "started", "pid": os.getpid(), "direct": direct}
         self._report({**started, "limit": self.first_limit})
@@ -348,6 +339,7 @@ class Runner:
         if self._stopping:
             return
         self._stopping, self._accepting = True, False
+        self._intake.close()
         self._enter_outside()
         self._wake_if_idle()
         for websocket in list(self._websockets.values()):
@@ -415,27 +407,30 @@ class Runner:
             elif op == CANCEL:
                 self._cancel((reply_to, message[1]))
             elif op == WANT:
-                self._ways[reply_to.caller] = reply_to
-                self._admission.want(reply_to.caller, message[3])
-                self._offer_slots()
+                self._intake.want(reply_to, message[3])
             elif op == DECLINE:
-                self._admission.withdraw(reply_to.caller)
-                self._offer_slots()
+                self._intake.decline(reply_to)
+            elif op == FOLLOW and self._sessions is not None:
+                self._sessions.follow(reply_to)
 
     def _begin(self, reply_to: ReplyTo, message: Message) -> None:
-        if self._models is not None and reply_to.caller not in self._ways:
-            reply_to.send(self._models)
-        self._ways[reply_to.caller] = reply_to
-        refusal = self._refusal(reply_to, message[0])
+        slot = None
+        refusal = None if self._accepting else "stopping"
+        if refusal is None and message[0] == CONNECT:
+            refusal = self._websocket_refusal()
+        elif refusal is None:
+            slot = self._intake.take(reply_to)
+            refusal = FULL if slot is None else None
         if refusal is not None:
             reply_to.send((REFUSED, message[1], refusal))
-            if refusal == FULL:
-                self._tell(reply_to)
             return
         key = (reply_to, message[1])
         # Tasks not by the loop's factory: what serves catches what user code raises.
         if message[0] == REQUEST:
-            exchange = HttpExchange(reply_to, message, self._window_bytes, self._starts)
+            exchange = HttpExchange(
+                reply_to, message, self._window_bytes, self._starts, self._sessions
+            )
+            exchange.slot = slot
             self._http[key] = exchange
             exchange.task = asyncio.Task(
                 self._serve_http(exchange, key),
@@ -443,7 +438,9 @@ class Runner:
                 context=self._context.copy(),
             )
         elif message[0] == CONNECT:
-            websocket = WebSocketExchange(reply_to, message, self._window_bytes)
+            websocket = WebSocketExchange(
+                reply_to, message, self._window_bytes, self._sessions
+            )
             self._websockets[key] = websocket
             serving = self._serve_websocket(websocket)
             websocket.task = self._spawn(self._websockets, key, serving)
@@ -453,6 +450,7 @@ class Runner:
                 call = HandleCall()
             else:
                 call = StreamCall(reply_to, message[1], window_bytes)
+            call.slot = slot
             self._calls[key] = call
             call.task = asyncio.Task(
                 self._serve_call(call, key, *message[3:]),
@@ -460,12 +458,8 @@ class Runner:
                 context=self._context.copy(),
             )
 
-    def _refusal(self, reply_to: ReplyTo, op: int) -> str | None:
-        """Take a slot, or return why there is none."""
-        if not self._accepting:
-            return "stopping" if self._stopping else "starting"
-        if op != CONNECT:
-            return None if self._admission.take(reply_to.caller) else FULL
+    def _websocket_refusal(self) -> str | None:
+        """Return why there is no room for one more, or None."""
         limit = self.spec.max_websockets
         if len(self._websockets) < limit:
             return None
@@ -485,7 +479,8 @@ class Runner:
         def ended(task: asyncio.Task[None]) -> None:
             # Not in the coroutine: cancelled before its first step, it never runs.
             del running[key]
-            self._finished()
+            if self._stopping:
+                self._wake_if_idle()
 
         task = asyncio.Task(
             serving, loop=self._thread.loop, context=self._context.copy()
@@ -497,7 +492,11 @@ class Runner:
         exchange = self._http.get(key)
         if exchange is not None:
             exchange.disconnect()
-            if not exchange.response_complete:
+            if exchange.response_started and self._servable.app is not None:
+                # It is told, as on any server. Some take a cancellation for a failure
+                # of what the client has read already, and undo that.
+                self.loop.call_later(TOLD_S, self._cancel_told, exchange, key)
+            elif not exchange.response_complete:
                 self._cancel_http(exchange, key)
         websocket = self._websockets.get(key)
         if websocket is not None:
@@ -506,103 +505,51 @@ class Runner:
         if call is not None:
             self._cancel_call(call, key)
 
+    def _cancel_told(self, exchange: HttpExchange, key: Key) -> None:
+        if self._http.get(key) is exchange and not exchange.response_complete:
+            self._cancel_http(exchange, key)
+
     def _cancel_http(self, exchange: HttpExchange, key: Key) -> None:
         assert exchange.task is not None
         exchange.task.cancel()
         if not exchange.entered:  # it never runs, not even to its ``finally``
             del self._http[key]
-            self._give_back(exchange, key[0])
+            self._give_back(exchange)
 
     def _cancel_call(self, call: HandleCall, key: Key) -> None:
         assert call.task is not None
         call.task.cancel()
         if not call.entered:
             del self._calls[key]
-            self._give_back(call, key[0])
+            self._give_back(call)
 
     def _cancel_from(self, reply_to: ReplyTo) -> None:
-        if self._ways.get(reply_to.caller) is reply_to:
-            del self._ways[reply_to.caller]
-            self._told.pop(reply_to.caller, None)
-            self._admission.forget(reply_to.caller)
-            self._offer_slots()
+        self._intake.forget(reply_to)
+        if self._sessions is not None:
+            self._sessions.forget(reply_to)
         for key in [*self._http, *self._websockets, *self._calls]:
             if key[0] is reply_to:
                 self._cancel(key)
 
-    # Slots, and what callers know of them.
-
-    def _give_back(self, exchange: Admitted, reply_to: ReplyTo) -> None:
+    def _give_back(self, exchange: Admitted) -> None:
         """Let another request have the slot of one that has ended, or left its thread.
 
         May be called again when that ends.
         """
-        if exchange.admitted:
-            exchange.admitted = False
-            self._admission.give_back(reply_to.caller)
-            self._note_time(time.perf_counter() - exchange.began)
-            self._finished()
-            self._tell(reply_to)
-        else:
-            self._finished()
-
-    def _finished(self) -> None:
-        """Look what follows from the end of a request."""
-        self._admission.abandoned = abandoned = self._servable.deserted
-        stuck = abandoned >= self.spec.threads
-        if stuck != self._stuck:
-            self._stuck = stuck
-            for reply_to in list(self._ways.values()):
-                self._tell(reply_to)
+        slot, exchange.slot = exchange.slot, None
+        if slot is not None:
+            self._intake.give_back(slot, exchange.began)
         if self._stopping:
             self._wake_if_idle()
-        elif self._admission.wanted:
-            self._offer_slots()
 
-    def _deserted_ended(self) -> None:
-        self._finished()
+    def _abandoned(self) -> None:
+        self._intake.abandoned_changed()
         self._busy_changed()
 
-    def _note_time(self, seconds: float) -> None:
-        if self._servable.threaded:
-            self._admission.limit = slots_of_threads(
-                self.spec.threads, self._servable.call_s, self._most
-            )
-        elif self._call_s:
-            self._call_s += (seconds - self._call_s) * WEIGHT
-        else:
-            self._call_s = seconds
-
-    def _tell(self, reply_to: ReplyTo) -> None:
-        """Tell a caller what others have here, if that is news."""
-        admission, caller = self._admission, reply_to.caller
-        call_s = self._call_s
-        if self._servable.threaded:
-            call_s = self._servable.call_s / self.spec.threads
-        others = admission.others(caller)
-        news = others, admission.limit, _rounded_us(call_s), self._stuck
-        told, at = self._told.get(caller, (None, 0.0))
-        if told == news and not others:
-            return
-        now = time.perf_counter()
-        old = TELL_AGAIN_S if told == news else TELL_S
-        if now - at > old or told is None or told[3] != self._stuck:
-            self._told[caller] = news, now
-            reply_to.send((LOAD, 0, self.spec.replica_id, *news))
-
-    def _offer_slots(self) -> None:
-        """Keep slots that are free for callers who want them, in turn."""
+    def _abandoned_ended(self) -> None:
+        self._abandoned()
         if self._stopping:
-            return
-        while (caller := self._admission.offer()) is not None:
-            self._ways[caller].send((ROOM, 0, self.spec.replica_id))
-        if self._admission.kept and self._keeping is None:
-            self._keeping = self.loop.call_later(KEPT_S, self._withdraw_kept)
-
-    def _withdraw_kept(self) -> None:
-        self._keeping = None
-        self._admission.withdraw_kept()
-        self._offer_slots()
+            self._wake_if_idle()
 
     def _wake_if_idle(self) -> None:
         if self.ongoing == 0:
@@ -625,7 +572,7 @@ class Runner:
                 await servable.app(scope, exchange.receive, exchange.send)
             else:
                 await self._serve_plain(exchange)
-            if not exchange.response_complete:
+            if not exchange.response_complete and not exchange.disconnected:
                 raise RuntimeError("The app returned without completing its response.")
             exchange.send_held()
         except BaseException as err:
@@ -640,7 +587,7 @@ class Runner:
                 self._send_error(exchange, kind, err)
         finally:
             self._http.pop(key, None)
-            self._give_back(exchange, key[0])
+            self._give_back(exchange)
 
     async def _serve_plain(self, exchange: HttpExchange) -> None:
         scope = exchange.scope(None)
@@ -660,7 +607,7 @@ class Runner:
         except HTTPException as err:
             encoded = _http_exception_response(err)
         if self._servable.threaded:
-            self._give_back(exchange, exchange.reply_to)
+            self._give_back(exchange)
         if isinstance(encoded, Response):
             try:
                 await encoded(scope, exchange.receive, exchange.send)
@@ -731,7 +678,7 @@ class Runner:
             if isinstance(call, StreamCall):
                 result = await self._servable.call(method_name, args, kwargs)
                 if self._servable.threaded:
-                    self._give_back(call, reply_to)
+                    self._give_back(call)
                 await self._send_items(call, result, what)
                 reply_to.send((END, exchange_id))
             else:
@@ -746,7 +693,7 @@ class Runner:
             reply_to.send(_error_message(exchange_id, USER_ERROR, err))
         finally:
             del self._calls[key]
-            self._give_back(call, key[0])
+            self._give_back(call)
 
     async def _send_items(self, call: StreamCall, result: Any, what: str) -> None:
         if not is_stream(result):
@@ -781,12 +728,6 @@ class Runner:
         for variable, value in self._context.items():
             variable.set(value)
         self._enter(None)
-
-
-def _rounded_us(seconds: float) -> int:
-    """Return microseconds, rounded so that about the same time is the same number."""
-    mantissa, exponent = math.frexp(seconds * 1e6)
-    return int(math.ldexp(round(mantissa * 16) / 16, exponent))
 
 
 def _was_cancelled(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from starlette.types import Message, Scope
 
 from daskserve.replica.asgi import NO_BODY, read_start
+from daskserve.replica.sessions import Sessions
 from daskserve.transport.channel import ReplyTo
 from daskserve.transport.messages import GRANT, PUSH, Head
 
@@ -46,12 +47,19 @@ class WebSocketExchange:
         The ``CONNECT`` message.
     window_bytes
         How much may be on its way in each direction.
+    sessions
+        The replica's.
     """
 
     def __init__(
-        self, reply_to: ReplyTo, message: tuple[Any, ...], window_bytes: int
+        self,
+        reply_to: ReplyTo,
+        message: tuple[Any, ...],
+        window_bytes: int,
+        sessions: Sessions | None = None,
     ) -> None:
         self.reply_to = reply_to
+        self._sessions = sessions
         self.exchange_id: int = message[1]
         *fields, self._subprotocols = message[3]
         self.head = Head._make(fields)
@@ -134,6 +142,10 @@ class WebSocketExchange:
             await self._changed.wait()
         refused = kind == "websocket.close" and not self._sent
         plain = {"type": kind} if refused else self._plain(event)
+        if kind == "websocket.accept" and self._sessions is not None:
+            headers = [(n.lower(), value) for n, value in plain.get("headers", ())]
+            self._sessions.answered(self.reply_to, self.head, headers)
+            plain["headers"] = headers
         self._sent = kind
         self._on_the_way += event_bytes(plain)
         self.reply_to.send((PUSH, self.exchange_id, plain))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from daskserve.exceptions import ReplicaDiedError, RequestTimeoutError
+from daskserve.transport.affinity import Session
 from daskserve.transport.channel import Channel, ConnectionLostError, Exchange
 from daskserve.transport.group import Group
 from daskserve.transport.messages import CANCEL, REFUSED, Message
@@ -25,28 +26,49 @@ class Call:
     Use it on the dispatcher's loop, by callbacks (`begin`) or from one task (`first`);
     `abort` may come from any other task of that loop. `finish` is due in any case and
     may be called twice.
+
+    Parameters
+    ----------
+    dispatcher, deployment
+        Of this process, and a name.
+    model_id
+        The model that it is for; "": none in particular.
+    session
+        The session that it belongs to, if a replica is chosen by it.
+    near
+        How many bytes of its values are on which workers, and how many there are.
+    websocket
+        Whether it lasts for long, and has no part in the limit of requests.
     """
 
-    __slots__ = ("_aborted", "_channel", "_dispatcher", "_exchange", "_failed", "_left",
-                 "_make", "_on_news", "_waiter", "avoid", "deployment", "group",
-                 "model_id", "near", "on_grant", "queued", "returned", "slot",
-                 "websocket")  # fmt: skip
+    __slots__ = ("_channel", "_dispatcher", "_exchange", "_left", "_make", "_on_news",
+                 "_waiter", "avoid", "deployment", "failure", "group", "model_id",
+                 "near", "on_grant", "particular", "queued", "returned", "session",
+                 "slot", "websocket")  # fmt: skip
 
     def __init__(
-        self, dispatcher: Dispatcher, deployment: str, model_id: str = ""
+        self,
+        dispatcher: Dispatcher,
+        deployment: str,
+        model_id: str = "",
+        session: Session | None = None,
+        near: tuple[Mapping[str, int], int] | None = None,
+        websocket: bool = False,
     ) -> None:
         self._dispatcher = dispatcher
         self.deployment = deployment
-        #: The model that it is for, if it is for one of many.
         self.model_id = model_id
-        #: How many bytes of its values are on which workers, and how many there are.
-        self.near: tuple[Mapping[str, int], int] | None = None
-        #: It lasts for long, and has no part in the limit of requests.
-        self.websocket = False
-        self.group: Group | None = None
-        self.slot: Slot | None = None
+        self.session = session
+        self.near = near
+        self.websocket = websocket
         #: A replica to be taken only if there is no other.
         self.avoid: Slot | None = None
+        #: Whether it matters which replica it goes to.
+        self.particular = (
+            model_id != "" or session is not None or near is not None or websocket
+        )
+        self.group: Group | None = None
+        self.slot: Slot | None = None
         #: It waits for a slot.
         self.queued = False
         #: A replica had no slot for it, so that it has had its turn.
@@ -55,8 +77,8 @@ class Call:
         self.on_grant: Callable[[int], None] | None = None
         self._exchange: Exchange | None = None
         self._channel: Channel | None = None
-        self._aborted: BaseException | None = None
-        self._failed: BaseException | None = None
+        #: Why nothing comes any more: it was aborted, or failed while it waited.
+        self.failure: BaseException | None = None
         #: Its slot was given back before it ended.
         self._left = False
         self._make: Make | None = None
@@ -67,11 +89,6 @@ class Call:
     def begun(self) -> bool:
         """Whether a replica has been sent the request, and not been given up since."""
         return self._exchange is not None
-
-    @property
-    def failure(self) -> BaseException | None:
-        """Why nothing comes any more: it was aborted, or failed while it waited."""
-        return self._aborted or self._failed
 
     # By callbacks.
 
@@ -148,7 +165,7 @@ class Call:
             try:
                 message = await self.next()
             except ConnectionLostError as lost:
-                self.avoid = self.slot
+                self.avoid, self.particular = self.slot, True
                 self.finish()
                 if not retry_lost:
                     raise ReplicaDiedError(str(lost)) from lost
@@ -160,19 +177,19 @@ class Call:
 
     async def next(self) -> Message:
         """Return the next message of the replica."""
-        if self._aborted is not None:
-            raise self._aborted
+        if self.failure is not None:
+            raise self.failure
         assert self._exchange is not None
         return await self._exchange.next()
 
     async def _send(self) -> None:
         """Send the request as soon as a replica has a slot for it."""
         dispatcher = self._dispatcher
-        if self._aborted is None and not self.queued:
+        if self.failure is None and not self.queued:
             self.group = dispatcher.groups.get(
                 self.deployment
             ) or await dispatcher.group(self.deployment)
-            if self._aborted is None:
+            if self.failure is None:
                 dispatcher.submit(self, self.group)
         if self.queued:
             self._waiter = dispatcher.loop.create_future()
@@ -181,7 +198,7 @@ class Call:
             finally:
                 self._waiter = None
         if self.failure is not None:
-            self.finish()
+            self.cancel()  # it may have been sent, in the same turn of the loop
             raise self.failure
 
     # Both.
@@ -205,8 +222,8 @@ class Call:
 
     def abort(self, failure: BaseException) -> None:
         """Make `first` or `next` raise `failure`, wherever they wait."""
-        if self._aborted is None:
-            self._aborted = failure
+        if self.failure is None:
+            self.failure = failure
             if self.queued:
                 self.fail(failure)
             if self._exchange is not None:
@@ -247,13 +264,14 @@ class Call:
         exchange.on_grant = self.on_grant
         exchange.on_news = self._on_news
         channel.send(self._make(exchange.exchange_id, slot.replica_id))
-        self._wake()
+        if self._waiter is not None:
+            self._wake()
 
     def fail(self, failure: BaseException) -> None:
         """Let it fail while it waits."""
         assert self.group is not None
         self.group.leave(self)
-        self._failed = failure
+        self.failure = failure
         if self._on_news is not None:
             self._on_news()
         self._wake()

@@ -15,6 +15,7 @@ from daskserve.exceptions import (
     RequestError,
 )
 from daskserve.packing import Packed
+from daskserve.transport.affinity import Session
 from daskserve.transport.call import Call, timeout_error
 from daskserve.transport.channel import ConnectionLostError
 from daskserve.transport.dispatcher import Dispatcher
@@ -73,6 +74,8 @@ class CallRequest:
     results: tuple[Packed, ...] = ()
     #: How many bytes of the Dask futures are on which workers, and how many there are.
     near: tuple[Mapping[str, int], int] | None = None
+    #: The session that it belongs to, if it belongs to one.
+    session: Session | None = None
 
 
 class CallSender:
@@ -114,8 +117,13 @@ class _RunningCall:
     def __init__(self, dispatcher: Dispatcher, request: CallRequest) -> None:
         self._dispatcher = dispatcher
         self._request = request
-        self._call = Call(dispatcher, request.deployment, request.model_id)
-        self._call.near = request.near
+        self._call = Call(
+            dispatcher,
+            request.deployment,
+            request.model_id,
+            request.session,
+            request.near,
+        )
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 

@@ -48,6 +48,10 @@ class ReplyTo(Protocol):
 class Inbox(Protocol):
     """A replica's end of all channels."""
 
+    @property
+    def deserted(self) -> int:
+        """Calls that run on in it though nobody waits for them; any thread."""
+
     def put(self, reply_to: ReplyTo, batch: list[Message]) -> None:
         """Hand messages to the replica, in this order; any thread."""
 
@@ -346,8 +350,8 @@ class LocalChannel(Channel):
         caller: str,
     ) -> None:
         super().__init__()
+        self.inboxes = inboxes
         self._loop = loop
-        self._inboxes = inboxes
         self._unsent: list[Message] = []
         self._replies: Mailbox[Message] = Mailbox(loop, self._receive)
         self._reply_to = _MailboxReply(self._replies, caller)
@@ -365,13 +369,13 @@ class LocalChannel(Channel):
 
     def _flush(self) -> None:
         unsent, self._unsent = self._unsent, []
-        dispatch(self._inboxes, self._reply_to, unsent)
+        dispatch(self.inboxes, self._reply_to, unsent)
 
     def close(self, reason: str) -> None:
         """Fail the exchanges that are open with `reason`."""
         self._fail_all(reason)
         self._unsent.clear()
-        for inbox in list(self._inboxes.values()):
+        for inbox in list(self.inboxes.values()):
             inbox.forget(self._reply_to)
 
 

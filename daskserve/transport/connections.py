@@ -51,6 +51,8 @@ class Connections:
         Told of slots that can be reached now, or not any more.
     notice
         Takes messages of replicas that belong to no exchange.
+    opened
+        Told of a replica's number and a connection of its own, when that can be used.
     context
         The cluster's TLS, for direct connections; None: it has none.
     local_address, inboxes
@@ -67,6 +69,7 @@ class Connections:
         *,
         changed: Callable[[Iterable[Slot]], None],
         notice: Callable[[Message], None],
+        opened: Callable[[int, Channel], None],
         context: ssl.SSLContext | None,
         local_address: str | None,
         inboxes: Mapping[int, Inbox] | None,
@@ -85,6 +88,7 @@ class Connections:
         self._connect = connect
         self._changed = changed
         self._notice = notice
+        self._direct_opened = opened
         self._context = context
         self._local_address = local_address
         self._watch = SilenceWatch(loop, silence_s)
@@ -340,8 +344,11 @@ class Connections:
             delay = RECONNECT_S if channel.greeted else DIRECT_RETRY_S
             self._retry_at[replica_id] = self._loop.time() + delay
 
+        def opened(channel: DirectChannel) -> None:
+            self._direct_opened(replica_id, channel)
+
         channel = DirectChannel(
-            address, worker, context, self._watch, closed, self.caller
+            address, worker, context, self._watch, closed, self.caller, opened
         )
         channel.on_notice = self._notice
         self.direct[replica_id] = channel

@@ -17,16 +17,20 @@ import contextlib
 import hmac
 import logging
 import secrets
+import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import msgpack
 
 from daskserve.transport.channel import Channel, Exchange, Inbox
+from daskserve.transport.complaints import Complaints
 from daskserve.transport.files import share_of_files
+from daskserve.transport.forks import close_in_children
+from daskserve.transport.handshakes import TlsListener
 from daskserve.transport.messages import GOODBYE, PART, WELCOME, WHOLE, Message
 from daskserve.transport.outbox import BULK_BYTES, Outbox, data_bytes
 from daskserve.transport.parts import Joiner
@@ -40,6 +44,11 @@ WRITE_BUFFER_BYTES = 256 * 1024
 READ_BYTES = 256 * 1024
 #: What a stranger may send before the secret is due.
 MAX_HELLO_BYTES = 256
+#: What a message may have, and a tuple in it; some versions of msgpack make room for
+#: all that is announced at once, in 5 bytes.
+MAX_MESSAGE_BYTES, MAX_ITEMS = 2**31 - 1, 2**22
+#: How many may wait to be accepted.
+BACKLOG = 100
 #: The part of the files that the process may open which callers may take.
 ACCEPTED_SHARE = 1 / 16
 #: How long callers may take to leave a replica that says goodbye.
@@ -81,12 +90,7 @@ class _Pipe(asyncio.BufferedProtocol):
         self._loop = loop
         self._thread_id = threading.get_ident()
         self._transport: asyncio.Transport | None = None
-        self._unpacker = msgpack.Unpacker(
-            use_list=False,
-            strict_map_key=False,
-            unicode_errors="surrogatepass",
-            max_buffer_size=2**31 - 1,
-        )
+        self._unpacker = _unpacker(MAX_MESSAGE_BYTES)
         self._packer = msgpack.Packer(unicode_errors="surrogatepass")
         self._scratch = _scratch.view
         #: Where to read into; something else if data of a part comes next.
@@ -105,6 +109,11 @@ class _Pipe(asyncio.BufferedProtocol):
     def lost(self) -> None:
         """Note that the connection has ended."""
         raise NotImplementedError  # pragma: no cover
+
+    def cannot_read(self) -> None:
+        """End the connection: what has come is nothing that we understand."""
+        logger.exception("what came on a channel cannot be read")
+        self.abort()
 
     def send(self, message: Message) -> None:
         """Queue `message`; any thread."""
@@ -159,8 +168,7 @@ class _Pipe(asyncio.BufferedProtocol):
         try:
             batch = self._unpack(self._scratch[:nbytes])
         except Exception:
-            logger.exception("what came on a channel cannot be read")
-            self.abort()
+            self.cannot_read()
             return
         if batch:
             self.deliver(batch)
@@ -235,6 +243,18 @@ class _Pipe(asyncio.BufferedProtocol):
                 yield pack(field)
 
 
+def _unpacker(max_bytes: int) -> msgpack.Unpacker:
+    most = min(max_bytes, MAX_ITEMS)
+    return msgpack.Unpacker(
+        use_list=False,
+        strict_map_key=False,
+        unicode_errors="surrogatepass",
+        max_buffer_size=max_bytes,
+        max_array_len=most,
+        max_map_len=most,
+    )
+
+
 class DirectListener:
     """A replica's port; everything on the replica's loop.
 
@@ -258,9 +278,14 @@ class DirectListener:
         self._deliver = deliver
         self._watch = watch
         self._secret = secrets.token_bytes(16)
-        self._server: asyncio.Server | None = None
+        self._server: asyncio.Server | TlsListener | None = None
         self._pipes: set[_Accepted] = set()
         self._left = asyncio.Event()
+        close_in_children(self)
+
+    def files(self) -> Iterable[int]:
+        """Return the listening files, for forked children to close."""
+        return [s.fileno() for s in self._server.sockets] if self._server else []
 
     async def start(
         self, host: str, context: ssl.SSLContext | None, name: str | None = None
@@ -277,9 +302,24 @@ class DirectListener:
         def accept() -> _Accepted:
             return _Accepted(loop, self)
 
-        self._server = await loop.create_server(accept, host, 0, ssl=context)
+        if context is None:
+            self._server = await loop.create_server(accept, host, 0)
+        else:
+            sock = await _listen(host)
+            self._server = TlsListener(
+                sock, context, accept, SECRET_TIMEOUT_S, self._admit_handshake
+            )
         port = self._server.sockets[0].getsockname()[1]
         return DirectAddress(name or host, port, self._secret)
+
+    def _admit_handshake(self) -> bool:
+        assert isinstance(self._server, TlsListener)
+        there = _accepted + len(self._server.handshakes)
+        return there < share_of_files(ACCEPTED_SHARE) or self._server.drop_oldest()
+
+    def _shaken(self, pipe: _Accepted) -> None:
+        if isinstance(self._server, TlsListener):
+            self._server.handshakes.pop(pipe, None)
 
     async def say_goodbye(self) -> None:
         """Send callers away; what they have sent meanwhile is still answered."""
@@ -301,8 +341,27 @@ class DirectListener:
             pipe.close()
 
 
+async def _listen(host: str) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    family, kind, number, _, address = (
+        await loop.getaddrinfo(
+            host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    )[0]
+    sock = socket.socket(family, kind, number)
+    try:
+        sock.setblocking(False)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 #: Connections of callers to all replicas of this process, each on its replica's loop.
 _accepted, _accepted_lock = 0, threading.Lock()
+_strangers = Complaints(logger, "was turned away at the port of a replica")
 
 
 class _Accepted(_Pipe):
@@ -313,6 +372,7 @@ class _Accepted(_Pipe):
     ) -> None:
         super().__init__(loop)
         self.caller = ""
+        self._unpacker = _unpacker(MAX_HELLO_BYTES)
         self._listener = listener
         self._known = False
         self._received = 0
@@ -320,6 +380,7 @@ class _Accepted(_Pipe):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self._listener._shaken(self)
         self._listener._pipes.add(self)
         self.watch(self._listener._watch, self.abort)
         with _accepted_lock:
@@ -334,7 +395,7 @@ class _Accepted(_Pipe):
             self._received += nbytes
             if self._received > MAX_HELLO_BYTES:
                 # The caller sends nothing else before it is told that it is known.
-                self.abort()
+                self._turn_away("no secret came")
                 return
         super().buffer_updated(nbytes)
 
@@ -347,13 +408,19 @@ class _Accepted(_Pipe):
         secret, caller = first if is_hello else (b"", "")
         if hmac.compare_digest(secret, self._listener._secret):
             self._known = True
+            self._unpacker = _unpacker(MAX_MESSAGE_BYTES)
             self.caller = caller
             self._joiner = Joiner()
             self._timer.cancel()
             self.send((WELCOME, 0))
         else:
-            logger.warning("somebody without the secret connected to a replica")
-            self.abort()
+            self._turn_away("the secret was wrong")
+
+    def cannot_read(self) -> None:
+        if self._known:
+            super().cannot_read()
+        else:
+            self._turn_away("what came is no message")
 
     def lost(self) -> None:
         global _accepted
@@ -366,7 +433,12 @@ class _Accepted(_Pipe):
 
     def _secret_due(self) -> None:
         if not self._known:
-            self.abort()
+            self._turn_away(f"no secret came within {SECRET_TIMEOUT_S:g} s")
+
+    def _turn_away(self, why: str) -> None:
+        if self._transport is not None:
+            _strangers.about(self._transport.get_extra_info("peername"), why)
+        self.abort()
 
 
 class DirectChannel(Channel):
@@ -386,6 +458,8 @@ class DirectChannel(Channel):
         Called once when the connection has ended or could not be made.
     caller
         The id of this process.
+    on_open
+        Called when it can be used.
     """
 
     def __init__(
@@ -396,6 +470,7 @@ class DirectChannel(Channel):
         watch: SilenceWatch,
         on_close: Callable[[DirectChannel], None],
         caller: str,
+        on_open: Callable[[DirectChannel], None] | None = None,
     ) -> None:
         super().__init__()
         self._caller = caller
@@ -407,6 +482,7 @@ class DirectChannel(Channel):
         self._context = context
         self._watch = watch
         self._on_close = on_close
+        self._on_open = on_open or _nothing
         #: It has been open, at some time.
         self.greeted = False
         self._retired = False
@@ -446,6 +522,7 @@ class DirectChannel(Channel):
     def _take(self, message: Message) -> None:
         if message[0] == WELCOME:
             self.greeted = self.is_open = True
+            self._on_open(self)
         elif message[0] == GOODBYE:  # take nothing new
             self._retired, self.is_open = True, False
             if self.idle:

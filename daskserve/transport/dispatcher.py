@@ -14,17 +14,19 @@ from typing import Any
 
 from daskserve.exceptions import DeploymentUnavailableError, QueueFullError
 from daskserve.transport.call import Call
-from daskserve.transport.channel import Inbox
+from daskserve.transport.channel import Channel, Inbox
 from daskserve.transport.connections import CONNECTED_S, Connections
 from daskserve.transport.group import Group
 from daskserve.transport.load_reports import LoadReports
 from daskserve.transport.messages import (
     DECLINE,
+    FOLLOW,
     FULL,
     FULL_OF_WEBSOCKETS,
     LOAD,
     MODELS,
     ROOM,
+    SESSION,
     WANT,
     Message,
 )
@@ -86,6 +88,7 @@ class Dispatcher:
             connect,
             changed=self._reachability_changed,
             notice=self._take_notice,
+            opened=self._direct_opened,
             context=context,
             local_address=local_address,
             inboxes=inboxes,
@@ -139,7 +142,7 @@ class Dispatcher:
         return True
 
     def _update_group(self, group: Group, info: Mapping[str, Any]) -> None:
-        former = group.info
+        former, affinity = group.info, group.affinity
         new, gone = group.update(info, self._local_address)
         unavailable = group.unavailable()
         if unavailable is not None:
@@ -151,6 +154,9 @@ class Dispatcher:
         if group.wanted:
             self.connections.update_direct(former, info)
             self._connect(group, new)
+            if group.affinity is not None:
+                known = affinity == group.affinity
+                self._follow(new if known else group.router.slots.values())
         elif self.ahead:
             self._want(group)
         for slot in new:
@@ -186,6 +192,7 @@ class Dispatcher:
         group.wanted = True
         self.connections.update_direct(None, group.info)
         self._connect(group, group.router.slots.values())
+        self._follow(group.router.slots.values())
 
     def _connect(self, group: Group, slots: Iterable[Slot]) -> None:
         slots = list(slots)
@@ -195,6 +202,13 @@ class Dispatcher:
             self._look_again(group, group.connecting_until)
         for slot in slots:
             group.router.note(slot)
+
+    def _connecting(self, group: Group) -> bool:
+        """Whether the first connections to a deployment may be on their way."""
+        return not group.wanted or (
+            self.loop.time() < group.connecting_until
+            and not all(slot.reachable for slot in group.router.slots.values())
+        )
 
     async def connected(self) -> None:
         """Wait until all replicas of the snapshot can be reached, for a moment.
@@ -271,24 +285,40 @@ class Dispatcher:
         RequestError
             It can't wait, as there is no room for that, or no sense in it.
         """
-        if not group.wanted and not self._closed:
+        if group.wanted and not (group.waiting or group.connecting_until):
+            if not call.particular:  # as mostly, and so in the fewest steps
+                slot = group.router.choose(self.loop.time())
+                if slot is not None:
+                    group.router.begin(slot)
+                    call.assign(slot)
+                    return
+        elif not group.wanted and not self._closed:
             self._want(group)
+        self._submit(call, group)
+
+    def _submit(self, call: Call, group: Group) -> None:
+        bound = None
         # Nobody overtakes those who wait for the same.
-        if not group.waiting or call.returned or call.websocket:
-            slot = self._choose(group, call, self.loop.time())
+        if not group.waiting or call.returned or call.websocket or call.session:
+            now = self.loop.time()
+            slot = self._choose(group, call, now)
             if slot is not None:
-                self._assign(group, call, slot)
-                return
+                if self._may_begin(group, call, slot, now):
+                    self._assign(group, call, slot)
+                    return
+                bound = slot
         unavailable = _stopping() if self._closed else group.unavailable()
         if unavailable is not None:
             raise unavailable
-        if call.websocket and group.router.reachable:
+        if call.websocket and group.router.reachable and not group.connecting_until:
             raise _too_many_websockets(group)
         if not call.returned:
             group.check_queue(self.queues.elsewhere(group.name))
-        group.enqueue(call)
+        group.enqueue(call, bound)
         self.queues.changed()
-        if group.waiting == 1 or call.returned:
+        if bound is not None:
+            self._hand_out(group)
+        elif group.waiting == 1 or call.returned:
             # Who waits already has looked.
             self._ask_for_slots(group, self.loop.time())
 
@@ -315,13 +345,20 @@ class Dispatcher:
 
     def _choose(self, group: Group, call: Call, now: float) -> Slot | None:
         router = group.router
-        if call.websocket:
-            return router.choose_for_websocket(group.max_websockets, now)
         if group.connecting_until:
             if not self._is_connecting(group, now):
                 group.connecting_until = 0.0
-            elif call.near or call.model_id:
+            elif call.near or call.model_id or call.session:
                 return None  # the right one may be about to be reached
+        if call.session is not None:
+            bound = group.sessions.find(call.session, router.slots)
+            websockets = group.max_websockets if call.websocket else 0
+            key = call.session.digest.hex()
+            return router.choose_for_session(
+                key, bound, now, websockets=websockets, avoid=call.avoid
+            )
+        if call.websocket:
+            return router.choose_for_websocket(group.max_websockets, now)
         if call.near is not None:
             slot = router.choose_near(*call.near, now)
         elif call.model_id:
@@ -340,28 +377,54 @@ class Dispatcher:
             for slot in group.router.slots.values()
         )
 
+    def _may_begin(self, group: Group, call: Call, slot: Slot, now: float) -> bool:
+        """Whether the replica that was chosen for a call has a slot for it now."""
+        if call.session is None or call.websocket:
+            return True
+        is_free = group.router.is_free(slot, now)
+        return is_free and (call.returned or slot.replica_id not in group.bound)
+
     def _assign(self, group: Group, call: Call, slot: Slot) -> None:
         if call.websocket:
             slot.websockets += 1
         else:
             group.router.begin(slot)
-        group.begun += 1
         call.assign(slot)
 
     def _hand_out(self, group: Group) -> None:
         """Send those who wait to replicas that have slots for them, in their order."""
         now = self.loop.time()
-        while group.waiting:
-            call = group.next_call()
-            assert call is not None
+        for replica_id in list(group.bound):
+            self._hand_out_bound(group, replica_id, now)
+        while (call := group.next_call()) is not None:
             slot = self._choose(group, call, now)
             if slot is not None:
                 group.leave(call)
-                self._assign(group, call, slot)
-            elif call.websocket and group.router.reachable:
+                if self._may_begin(group, call, slot, now):
+                    self._assign(group, call, slot)
+                else:
+                    group.enqueue(call, slot)
+            elif (
+                call.websocket and group.router.reachable and not group.connecting_until
+            ):
                 call.fail(_too_many_websockets(group))
             else:
                 self._ask_for_slots(group, now)
+                return
+
+    def _hand_out_bound(self, group: Group, replica_id: int, now: float) -> None:
+        """Send those who wait for one replica, or let them look for another."""
+        slot = group.router.slots.get(replica_id)
+        while (call := group.next_bound(replica_id)) is not None:
+            if slot is None or not slot.reachable:
+                group.leave(call)
+                group.enqueue(call)
+            elif group.router.is_free(slot, now):
+                group.leave(call)
+                self._assign(group, call, slot)
+            else:
+                if slot.index >= 0:  # full of others' requests
+                    self._ask(group, slot, len(group.bound[replica_id]), now)
                 return
 
     def _ask_for_slots(self, group: Group, now: float) -> None:
@@ -408,6 +471,8 @@ class Dispatcher:
             )
             if group.waiting:
                 self._hand_out(group)
+        elif message[0] == SESSION:
+            group.sessions.bind(message[2], message[3])
         elif message[0] == MODELS:
             _, _, _, limit, load_us, ids = message
             group.router.models.report(
@@ -418,7 +483,7 @@ class Dispatcher:
         """Take a slot that a replica keeps for this process, for a moment."""
         if not slot.reachable:
             return
-        call = group.next_call()
+        call = group.next_bound(slot.replica_id) or group.next_call()
         if call is None:
             group.router.open(slot)
             decline = (DECLINE, 0, slot.replica_id)
@@ -435,7 +500,23 @@ class Dispatcher:
         else:
             group.router.open(slot)
 
+    def _follow(self, slots: Iterable[Slot]) -> None:
+        """Ask replicas that can be reached for their sessions, if they matter."""
+        for slot in slots:
+            group = self._group_of.get(slot.replica_id)
+            if group is not None and group.affinity is not None and slot.reachable:
+                channel = self.connections.channel(slot)
+                channel.send((FOLLOW, 0, slot.replica_id))
+
+    def _direct_opened(self, replica_id: int, channel: Channel) -> None:
+        # There, too: it is to come before what the same replica answers.
+        group = self._group_of.get(replica_id)
+        if group is not None and group.affinity is not None:
+            channel.send((FOLLOW, 0, replica_id))
+
     def _reachability_changed(self, slots: Iterable[Slot]) -> None:
+        slots = list(slots)
+        self._follow(slots)
         groups = set()
         for slot in slots:
             group = self._group_of.get(slot.replica_id)
@@ -460,8 +541,13 @@ class Dispatcher:
             slot.replica_id: slot.in_flight + slot.streams + slot.websockets
             for slot in group.router.slots.values()
         }
+        if self.connections.local is not None:
+            # No caller counts what nobody waits for.
+            for replica_id, inbox in list(self.connections.local.inboxes.items()):
+                if inbox.deserted and replica_id in counts:
+                    counts[replica_id] += inbox.deserted
         running = {replica_id: n for replica_id, n in counts.items() if n}
-        return group.waiting, running, group.begun
+        return group.waiting, running, group.router.begun
 
     def _fail_waiting(self, group: Group, failure: Exception) -> None:
         for call in group.calls():

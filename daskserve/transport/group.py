@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from daskserve.exceptions import DeploymentUnavailableError, QueueFullError
+from daskserve.transport.affinity import Affinity, Bindings
 from daskserve.transport.messages import NO_LIMIT
 from daskserve.transport.router import Router, Slot
 
@@ -28,15 +29,14 @@ class Group:
         Its name.
     """
 
-    __slots__ = ("begun", "connecting_until", "hopeless", "info", "max_queued",
-                 "max_websockets", "name", "router", "timeout_s", "timer", "waiting",
-                 "wanted", "_queue", "_returned")  # fmt: skip
+    __slots__ = ("_queue", "_returned", "affinity", "bound",
+                 "connecting_until", "hopeless", "info", "max_queued",
+                 "max_websockets", "name", "router", "sessions", "timeout_s", "timer",
+                 "waiting", "wanted")  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.router = Router()
-        #: How many requests were given to a replica, up to now.
-        self.begun = 0
         #: Whether connections are made; there may be no request from here ever.
         self.wanted = False
         #: Until when new replicas may not be reachable yet; 0: all are.
@@ -47,6 +47,11 @@ class Group:
         self.max_queued: int | None = None
         self.max_websockets = 1000
         self.timeout_s: float | None = None
+        #: Where its requests name their sessions, if replicas are chosen by them.
+        self.affinity: Affinity | None = None
+        self.sessions = Bindings()
+        #: Those who wait for one replica only, by its number.
+        self.bound: dict[int, deque[Call]] = {}
         #: Of the next look at replicas that are closed, or not reachable yet.
         self.timer: asyncio.TimerHandle | None = None
         #: How many calls wait.
@@ -64,6 +69,7 @@ class Group:
         self.hopeless = info["hopeless"]
         self.max_queued, self.timeout_s = info["max_queued"], info["timeout_s"]
         self.max_websockets = info["max_websockets"]
+        self.affinity = Affinity.of(info.get("session_affinity"))
         former = self.router.slots
         self.router.update(
             (
@@ -76,11 +82,17 @@ class Group:
         new = [slot for i, slot in present.items() if i not in former]
         return new, [slot for i, slot in former.items() if i not in present]
 
-    def enqueue(self, call: Call) -> None:
-        """Let a call wait; one that a replica has given back had its turn before."""
+    def enqueue(self, call: Call, bound: Slot | None = None) -> None:
+        """Let a call wait, perhaps for one replica only.
+
+        One that a replica has given back had its turn before.
+        """
         call.queued = True
         self.waiting += 1
-        (self._returned if call.returned else self._queue).append(call)
+        if bound is not None:
+            self.bound.setdefault(bound.replica_id, deque()).append(call)
+        else:
+            (self._returned if call.returned else self._queue).append(call)
 
     def leave(self, call: Call) -> None:
         """Let a call wait no more."""
@@ -94,17 +106,21 @@ class Group:
             self._returned = deque(c for c in self._returned if c.queued)
 
     def next_call(self) -> Call | None:
-        """Return the call whose turn it is, or None if none waits."""
-        for queue in (self._returned, self._queue):
-            while queue:
-                if queue[0].queued:
-                    return queue[0]
-                queue.popleft()
-        return None
+        """Return the call whose turn it is, or None if none waits for any replica."""
+        return _first(self._returned) or _first(self._queue)
+
+    def next_bound(self, replica_id: int) -> Call | None:
+        """Return the next call that waits for one replica, or None."""
+        queue = self.bound.get(replica_id)
+        call = None if queue is None else _first(queue)
+        if call is None:
+            self.bound.pop(replica_id, None)
+        return call
 
     def calls(self) -> Iterator[Call]:
-        """Return all calls that wait, in their order."""
-        return (c for q in (self._returned, self._queue) for c in list(q) if c.queued)
+        """Return all calls that wait."""
+        queues = [*self.bound.values(), self._returned, self._queue]
+        return (call for queue in queues for call in list(queue) if call.queued)
 
     def fair_share(self) -> int:
         """Return how many requests each replica gets if all get the same."""
@@ -137,3 +153,12 @@ class Group:
                 f"Request dropped: {waiting} requests wait for deployment "
                 f"{self.name!r} already (max_queued_requests={self.max_queued})."
             )
+
+
+def _first(queue: deque[Call]) -> Call | None:
+    """Return the first that waits; drop those before it, which have gone."""
+    while queue:
+        if queue[0].queued:
+            return queue[0]
+        queue.popleft()
+    return None

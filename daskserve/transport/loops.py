@@ -7,8 +7,10 @@ loop for each replica. What crosses between them goes through a `Mailbox`.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
@@ -21,6 +23,9 @@ try:
     import uvloop as loops
 except ImportError:  # uvloop has no Windows build
     loops = asyncio
+
+#: How long a thread may take to end with the interpreter.
+AT_EXIT_S = 1.0
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -97,6 +102,7 @@ class LoopThread:
 
     def __init__(self, name: str, *, user_code: bool = False) -> None:
         self.loop: asyncio.AbstractEventLoop = loops.new_event_loop()
+        self._user_code = user_code
         if user_code:
             self.loop.set_task_factory(_make_guarded_task)
         self._stopping: asyncio.Event | None = None
@@ -121,6 +127,8 @@ class LoopThread:
 
     def start(self) -> None:
         """Start the thread and wait for its loop to run."""
+        if not self._user_code:
+            _to_stop.add(self)
         self._thread.start()
         self._started.wait()
 
@@ -178,6 +186,18 @@ class LoopThread:
         self._stopping = asyncio.Event()
         self._started.set()
         await self._stopping.wait()
+
+
+#: Threads that are to end before the interpreter does: uvloop, which goes on while
+#: Python is taken down, has crashed processes that had done all they were to do.
+_to_stop: weakref.WeakSet[LoopThread] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    for thread in list(_to_stop):
+        if thread.alive:
+            thread.stop(AT_EXIT_S)
 
 
 def _make_guarded_task(

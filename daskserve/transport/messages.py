@@ -47,6 +47,8 @@ These belong to no exchange, and have a 0 for its id:
               nobody waits for keep it from all others: when that has changed
 ``MODELS``    replica, how many models it keeps or 0, microseconds that one takes to
               load, ids of those it has: when they have changed
+``FOLLOW``    replica: from a caller that wants to be told of its sessions
+``SESSION``   replica, digests in a row: it has these sessions; see `affinity`
 ``WELCOME``   the secret was right (on direct connections)
 ``GOODBYE``   the replica is about to end (on direct connections)
 ============  ==============================================================
@@ -93,6 +95,8 @@ DECLINE: Final = 35
 WANT: Final = 36
 LOAD: Final = 37
 MODELS: Final = 38
+FOLLOW: Final = 39
+SESSION: Final = 40
 
 PART: Final = 48
 WHOLE: Final = 49

@@ -11,7 +11,8 @@ binding": K. Ousterhout et al., "Sparrow", SOSP 2013).
 
 A request for one of many models goes to a replica that has it, which `models` knows, or
 to one with room for it, the first in an order that all callers share ("highest random
-weight": D. Thaler and C. Ravishankar, IEEE/ACM Trans. Networking 6(1), 1998).
+weight": D. Thaler and C. Ravishankar, IEEE/ACM Trans. Networking 6(1), 1998). That is
+also where requests of a session go that is bound to no replica.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ HOP_S = 100e-6
 UNKNOWN_CALL_S = 1e-3
 #: For how long it counts what a replica said of others' requests in it, in seconds.
 VALID_S = 1.0
+#: And what it said of the time of a call.
+TIME_VALID_S = 10.0
 #: So many replicas are all looked at; of more, this many by chance.
 FEW, SAMPLED = 8, 4
 #: Times that differ by less are taken for equal: they are measured, and so noisy.
@@ -41,7 +44,9 @@ NOISE = 1.3
 WEIGHT = 0.05
 #: Bytes/s at which values are thought to travel between hosts, and within one.
 BETWEEN_HOSTS, WITHIN_HOST = 250e6, 1e9
-#: For how many models the order of replicas is kept.
+#: The wait for a replica without a slot, and what a stuck one adds.
+FULL, STUCK_S = math.inf, 1e6
+#: For how many models and sessions the order of replicas is kept.
 MAX_RANKED = 1000
 
 
@@ -71,6 +76,8 @@ class Slot:
     #: How much longer one more request has to wait for each that is in it, in seconds;
     #: below 0: unknown.
     call_s: float = -1.0
+    #: Until when that is believed, since it may have had a bad day.
+    call_until: float = 0.0
     #: Calls that nobody waits for any more keep all its threads.
     stuck: bool = False
     #: How many slots it was asked for that it has not offered yet.
@@ -99,6 +106,8 @@ class Router:
         self.max_ongoing = 1
         #: Requests of this caller in all replicas, those that drain included.
         self.in_flight = 0
+        #: How many were sent to replicas, up to now.
+        self.begun = 0
         #: What a call takes in most replicas, in seconds.
         self.call_s = UNKNOWN_CALL_S
         self._heard = False
@@ -134,9 +143,10 @@ class Router:
 
     def begin(self, slot: Slot) -> None:
         """Count a request that is sent to a replica; `end` it."""
-        slot.in_flight += 1
+        slot.in_flight = number = slot.in_flight + 1
         self.in_flight += 1
-        if slot.in_flight >= slot.limit:
+        self.begun += 1
+        if number >= slot.limit:
             self.note(slot)
 
     def end(self, slot: Slot) -> None:
@@ -192,13 +202,15 @@ class Router:
         now
             Time in seconds.
         """
+        call_s = max(0.0, call_s)  # whatever it says
         self.call_s += (call_s - self.call_s) * (WEIGHT if self._heard else 1)
         self._heard = True
         alike = self.call_s < NOISE * call_s and call_s < NOISE * self.call_s
         slot.call_s = -1.0 if alike else call_s
+        slot.call_until = now + TIME_VALID_S
         slot.others, slot.stuck = others, stuck
         slot.valid_until = math.inf if stuck else now + VALID_S
-        slot.limit = min(limit, self.max_ongoing)
+        slot.limit = max(1, min(limit, self.max_ongoing))
         self.note(slot)
 
     def choose(self, now: float, avoid: Slot | None = None) -> Slot | None:
@@ -213,12 +225,15 @@ class Router:
         """
         slots = self._open
         count = len(slots)
-        if count == 1 and slots[0].valid_until <= now:
-            return slots[0]
+        if count == 1:
+            slot = slots[0]
+            return slot if not slot.others or self._wait(slot, now) < FULL else None
         if count <= FEW:
-            # From anywhere on, so that the first does not get all that are alike.
-            i = int(self._random() * count)
-            best = self._best(slots[i:] + slots[:i], now, avoid)
+            best = self._best(slots, now, avoid)
+            if best is not None and (last := slots[-1]) is not best:
+                # Behind the others: all that are alike get their turn.
+                slots[best.index], slots[-1] = last, best
+                best.index, last.index = last.index, best.index
         else:
             drawn = [slots[int(self._random() * count)] for _ in range(SAMPLED)]
             drawn += [slot for slot in self._local if slot.index >= 0]
@@ -231,6 +246,8 @@ class Router:
         self, bytes_at: Mapping[str, int], total_bytes: int, now: float
     ) -> Slot | None:
         """Return the replica that can begin first, where values have to travel.
+
+        How long the call takes itself does not count: what was measured is of others.
 
         Parameters
         ----------
@@ -251,9 +268,12 @@ class Router:
             near = max(here, on_host.get(host_of(slot.worker), 0))
             return (total_bytes - near) / BETWEEN_HOSTS + (near - here) / WITHIN_HOST
 
-        waits = [(self._wait(slot, now) + travel_s(slot), slot) for slot in self._open]
-        best = min(waits, key=lambda pair: pair[0], default=(math.inf, None))
-        return None if best[0] == math.inf else best[1]
+        waits = [
+            (self._wait(slot, now) - self._call_s(slot, now) + travel_s(slot), slot)
+            for slot in self._open
+        ]
+        best = min(waits, key=lambda pair: pair[0], default=(FULL, None))
+        return None if best[0] == FULL else best[1]
 
     def choose_for_model(
         self, model_id: str, now: float, avoid: Slot | None = None
@@ -267,12 +287,12 @@ class Router:
         models = self.models
         holders = models.holders(model_id)
         there = self._best(holders, now, avoid)
-        wait = math.inf if there is None else self._wait(there, now)
+        wait = FULL if there is None else self._wait(there, now)
         if there is not None and wait < models.load_s:
             return there
         first = None
         for slot in self.ranked(model_id):
-            if slot is avoid or self._wait(slot, now) == math.inf or slot.index < 0:
+            if slot is avoid or self._wait(slot, now) == FULL or slot.index < 0:
                 continue
             first = first or slot
             if slot not in holders and models.has_room(slot, now):
@@ -284,6 +304,54 @@ class Router:
         if chosen is not None:
             models.expect(chosen, model_id, now)
         return chosen
+
+    def choose_for_session(
+        self,
+        session: str,
+        replica_id: int,
+        now: float,
+        *,
+        websockets: int = 0,
+        avoid: Slot | None = None,
+    ) -> Slot | None:
+        """Return the replica for a request of a session, which may have no slot now.
+
+        Parameters
+        ----------
+        session
+            What the order of replicas depends on, if it is not bound or cannot be used.
+        replica_id
+            The one that it is bound to; 0: none.
+        now
+            Time in seconds.
+        websockets
+            How many WebSockets a replica takes, if it is for one; else 0.
+        avoid
+            A replica to be taken only if there is no other.
+        """
+
+        def has_room(slot: Slot) -> bool:
+            if not slot.reachable:
+                return False
+            if websockets:
+                return slot.websockets < websockets
+            if slot.first_limit is None:
+                return self.is_free(slot, now)
+            # What waits for its thread waits for this one.
+            others = slot.others if slot.valid_until > now else 0
+            return slot.in_flight + others < self.max_ongoing
+
+        bound = self.slots.get(replica_id)
+        if bound is not None and bound is not avoid and has_room(bound):
+            return bound
+        for slot in self.ranked(session):
+            if slot is not avoid and has_room(slot):
+                return slot
+        return avoid if avoid is not None and has_room(avoid) else None
+
+    def is_free(self, slot: Slot, now: float) -> bool:
+        """Whether a replica has a slot, as far as is known."""
+        return slot.index >= 0 and self._wait(slot, now) != FULL
 
     def choose_for_websocket(self, limit: int, now: float) -> Slot | None:
         """Return the replica with the fewest WebSockets, None if all have `limit`."""
@@ -352,28 +420,45 @@ class Router:
     def _best(
         self, slots: Iterable[Slot], now: float, avoid: Slot | None
     ) -> Slot | None:
-        best, least = None, math.inf
+        """Return the one with the least wait; as `_wait`, in line: it is in the way."""
+        best, least, usual_s = None, FULL, self.call_s
         for slot in slots:
-            if slot is not avoid and slot.index >= 0:
-                wait = self._wait(slot, now)
-                if wait < least:
-                    best, least = slot, wait
+            if slot is avoid or slot.index < 0:
+                continue
+            load = slot.in_flight
+            if slot.others and slot.valid_until > now:
+                load += slot.others
+            if load >= slot.limit:
+                continue
+            call_s = slot.call_s
+            if call_s < 0.0 or slot.call_until <= now:
+                call_s = usual_s
+            wait = call_s if slot.local else call_s + HOP_S
+            if call_s > HOP_S:
+                wait += load * (call_s - HOP_S)
+            if slot.stuck:
+                wait += STUCK_S
+            if wait < least:
+                best, least = slot, wait
         return best
 
+    def _call_s(self, slot: Slot, now: float) -> float:
+        """Return the seconds that a call takes in a replica."""
+        known = slot.call_s >= 0.0 and slot.call_until > now
+        return slot.call_s if known else self.call_s
+
     def _wait(self, slot: Slot, now: float) -> float:
-        """Return the seconds until one more request would be done; inf: it is full."""
+        """Return the seconds until one more request would be done, or `FULL`."""
         load = slot.in_flight
         if slot.valid_until > now:
             load += slot.others
-            if slot.stuck:
-                return math.inf if load >= slot.limit else 1e6 + load
         if load >= slot.limit:
-            return math.inf
-        call_s = slot.call_s
-        if call_s < 0.0:
-            call_s = self.call_s
+            return FULL
+        call_s = self._call_s(slot, now)
         wait = call_s if slot.local else call_s + HOP_S
-        return wait + load * (call_s - HOP_S) if call_s > HOP_S else wait
+        if call_s > HOP_S:
+            wait += load * (call_s - HOP_S)
+        return wait + STUCK_S if slot.stuck else wait
 
 
 def host_of(address: str) -> str:

@@ -16,9 +16,11 @@ import math
 import socket
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from daskserve.transport.forks import close_in_children
 
 #: So many looks at a connection in the time that a peer may be silent.
 LOOKS = 8
@@ -53,6 +55,11 @@ class SilenceWatch:
         self._limit_s = limit_s
         self._watched: dict[object, _Watched] = {}
         self._timer: asyncio.TimerHandle | None = None
+        close_in_children(self)
+
+    def files(self) -> Iterable[int]:
+        """Return the files of the connections, for forked children to close."""
+        return [watched.sock.fileno() for watched in self._watched.values()]
 
     @property
     def reason(self) -> str:

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 Snapshot: TypeAlias = Mapping[str, Any]
 #: What is new or other, and the keys of what is gone.
 Difference: TypeAlias = tuple[dict[Any, Any], list[Any]]
+#: What `follow` takes for a snapshot that only has another number.
+NO_CHANGES: dict[str, Any] = {"routes": ({}, []), "deployments": ({}, [])}
 
 
 def difference(old: Snapshot, new: Snapshot) -> dict[str, Any] | None:

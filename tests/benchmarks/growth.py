@@ -19,13 +19,13 @@ What grows with what (R replicas, W workers, D deployments, P processes with rou
 - health: one report from each worker in a period, whatever its replicas; a look at W
   ten times a second, and at R while a worker is silent;
 - queue reports: the deployments for which requests wait, times P, ten times a second;
-- connections: a process has one to each worker, and one to each replica's own port, of
-  the deployments that it has sent anything to; of all deployments, if it has an HTTP
-  server. With "EveryNode" that is W times R over the cluster: the one cost that grows
-  with the square. It ends at the limit of open files, with some thousands of replicas.
+- connections: a process has one to each worker with replicas that it has sent anything
+  to; to all, if it has an HTTP server. With "EveryNode" that is the square of W over
+  the cluster. Besides, it has some to the ports of replicas that it uses often, a
+  bounded number.
 
-Load is spread by each caller's own count: as many callers as there are requests do no
-better than chance, and replicas that are full refuse.
+Load is spread by each caller's own count and by what replicas tell of others' requests
+with each answer: callers that each have few requests know less.
 """
 
 from __future__ import annotations
@@ -41,10 +41,13 @@ from collections.abc import Callable
 from typing import Any
 
 import msgpack
+import pytest
 
 from daskserve.controller.actions import StartReplica
 from daskserve.controller.health import HealthBoard
 from daskserve.controller.queues import QueueBoard
+from daskserve.transport import connections as transport_connections
+from daskserve.transport.channel import Channel
 from daskserve.transport.dispatcher import Dispatcher
 from daskserve.transport.router import Router, Slot
 from daskserve.transport.snapshots import difference
@@ -83,7 +86,7 @@ class Cluster:
 
     def start_replicas(self) -> None:
         for replica_id in self.ids:
-            direct = ["10.11.12.13", 40000 + replica_id % 10000, "s" * 22]
+            direct = ["10.11.12.13", 40000 + replica_id % 10000, b"s" * 22]
             self.rig.state.replica_started(
                 replica_id, now=self.rig.now, pid=1, direct=direct
             )
@@ -135,6 +138,67 @@ def controller_costs(size: int) -> dict[str, float]:
 
 async def _never_connected(address: str) -> Any:
     await asyncio.Event().wait()
+
+
+class _Comm:
+    """A connection to a worker on which nothing comes."""
+
+    async def read(self) -> Any:
+        await asyncio.Event().wait()
+
+    async def write(self, message: Any) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+
+class _Direct(Channel):
+    """A connection to a replica on which nothing comes."""
+
+    greeted = is_open = True
+    broke = False
+    worker = ""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+
+    def send(self, message: Any) -> None:
+        pass
+
+    def close(self, reason: str) -> None:
+        pass
+
+
+async def _connections(workers: int, replicas: int) -> int:
+    async def connect(address: str) -> _Comm:
+        return _Comm()
+
+    entries = [
+        [i, f"D#{i}", f"tcp://10.0.0.{i % workers}:1", ["10.0.0.1", 1, b"s"], None]
+        for i in range(replicas)
+    ]
+    info = {"replicas": entries, "max_ongoing": 100, "max_queued": None}
+    info |= {"max_websockets": 10, "timeout_s": None, "hopeless": False}
+    dispatcher = Dispatcher(asyncio.get_running_loop(), connect)
+    dispatcher.connect_ahead()
+    dispatcher.update(1, {"routes": {}, "deployments": {"D": info}})
+    await dispatcher.connected()
+    made = dispatcher.connections
+    for slot in [*dispatcher.groups["D"].router.slots.values()] * 3:
+        made.channel(slot)  # as if all were asked again and again
+    count = len(made.channels) + len(made.direct)
+    made.direct.clear()
+    await dispatcher.close()
+    return count
+
+
+def connections(workers: int, replicas: int) -> int:
+    """Return how many connections a process has that uses all replicas often."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transport_connections, "DirectChannel", _Direct)
+        patch.setattr(transport_connections, "share_of_files", lambda _: 10**6)
+        return asyncio.run(_connections(workers, replicas))
 
 
 async def _caller_costs(size: int) -> dict[str, float]:
@@ -266,24 +330,26 @@ def spread(
     for router in routers:
         slots = [Slot(i, f"D#{i}", f"tcp://w{i}") for i in range(replicas)]
         router.update(slots, in_flight)
-    held: list[Slot] = []
+    held: list[tuple[Router, Slot]] = []
     load: Counter[int] = Counter(dict.fromkeys(range(replicas), 0))
     found = []
     for number in range(1, 20 * in_flight + 1):
         if len(held) == in_flight:
             i = chance.randrange(in_flight)
             held[i], held[-1] = held[-1], held[i]
-            ended = held.pop()
-            ended.in_flight -= 1
+            asked, ended = held.pop()
+            asked.end(ended)
             load[ended.replica_id] -= 1
+            others = load[ended.replica_id] - ended.in_flight
+            asked.report(ended, others, in_flight, 0.01, False, 0.0)
         router = chance.choice(routers)
         slot = router.choose(0)
         if by_chance:
             slot = chance.choice(list(router.slots.values()))
         assert slot is not None
-        slot.in_flight += 1
+        router.begin(slot)
         load[slot.replica_id] += 1
-        held.append(slot)
+        held.append((router, slot))
         if number % in_flight == 0 and number > 5 * in_flight:
             found.append(variation(list(load.values())))
     return statistics.fmean(found)
@@ -309,6 +375,13 @@ def print_spread() -> None:
         print(f"{callers:>10} {ours:10.3f} {chance:10.3f} {0:6.3f}")
 
 
+def print_connections() -> None:
+    print("\nconnections of a process that uses all replicas often")
+    for workers, replicas in ((10, 100), (100, 1000), (1000, 10_000)):
+        count = connections(workers, replicas)
+        print(f"{workers:>6} workers {replicas:>7} replicas {count:>6}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.growth")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1000])
@@ -316,6 +389,7 @@ def main() -> None:
     args = parser.parse_args()
     print_costs(args.sizes)
     print_spread()
+    print_connections()
     if args.real:
         from tests.benchmarks.growth_real import print_times
 

@@ -1,0 +1,217 @@
+"""What a replica takes of its callers, and what it tells them of its load; on its loop.
+
+All that is done for each request is done here in a few steps: empty requests are told
+from those of a plain server by what they cost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterable
+from time import perf_counter
+
+from daskserve.replica.actor import ReplicaSpec
+from daskserve.replica.admission import Admission, Caller, slots_of_threads
+from daskserve.replica.servable import Servable
+from daskserve.transport.channel import ReplyTo
+from daskserve.transport.messages import LOAD, NO_LIMIT, ROOM, Message
+
+#: How long free slots are kept for callers that want them, and say nothing.
+KEPT_S = 1.0
+#: How often a caller is told at most, and how often again, what others have here.
+TELL_S, TELL_AGAIN_S = 0.001, 0.5
+#: How much the time of a call counts beside those before it.
+WEIGHT = 0.1
+#: What it has to become, of what was told last, to be told again.
+LESS, MORE = 0.8, 1.25
+
+
+class _Caller(Caller):
+    """A process that asks, and what it was told."""
+
+    __slots__ = ("others", "told_at", "version", "way")
+
+    def __init__(self, way: ReplyTo) -> None:
+        super().__init__()
+        #: The channel that it used last.
+        self.way = way
+        #: How many requests of others it knows of, and since when.
+        self.others = 0
+        self.told_at = -math.inf
+        #: Of what it was told besides.
+        self.version = 0
+
+
+class Intake:
+    """A replica's slots, and who has them.
+
+    Parameters
+    ----------
+    loop
+        The replica's.
+    spec
+        The replica's; it has the limits.
+    servable
+        Says how long sync calls take, and which of them nobody waits for.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, spec: ReplicaSpec, servable: Servable
+    ) -> None:
+        limit = spec.max_ongoing_requests
+        self._most = NO_LIMIT if limit is None else limit
+        self.slots = Admission(self._most)
+        #: How many requests callers send before they have heard; None: all there are.
+        self.first_limit: int | None = None
+        self._loop = loop
+        self._replica_id = spec.replica_id
+        self._threads = spec.threads
+        self._servable = servable
+        self._callers: dict[str, _Caller] = {}
+        #: Seconds that async calls take, those of apps included.
+        self._call_s = 0.0
+        #: What of that was told last, and of which version that is.
+        self._told_s = 0.0
+        self._version = 1
+        self._stuck = False
+        #: Told to callers when they come.
+        self._greeting: Message | None = None
+        #: Of the next look at slots that are kept for callers.
+        self._keeping: asyncio.TimerHandle | None = None
+
+    def started(self) -> None:
+        """Note that the servable is there: some run on threads, and take as many."""
+        if self._servable.threaded:
+            self.first_limit = self.slots.limit = min(self._threads, self._most)
+
+    def take(self, reply_to: ReplyTo) -> Caller | None:
+        """Take a slot for a request, to be given back; None: there is none."""
+        caller = self._callers.get(reply_to.caller) or self._meet(reply_to)
+        caller.way = reply_to
+        if self.slots.take(caller):
+            return caller
+        self._tell(caller, perf_counter())
+        return None
+
+    def give_back(self, caller: Caller, began: float) -> None:
+        """Let another request have the slot of one that has ended, or left its thread.
+
+        Parameters
+        ----------
+        caller
+            Who had it.
+        began
+            When it was taken, by `time.perf_counter`.
+        """
+        slots, now = self.slots, perf_counter()
+        slots.give_back(caller)
+        if self.first_limit is not None:
+            call_s = self._servable.call_s / self._threads
+        else:
+            seconds = now - began
+            call_s = self._call_s
+            call_s = call_s + (seconds - call_s) * WEIGHT if call_s else seconds
+            self._call_s = call_s
+        if not LESS * self._told_s <= call_s <= MORE * self._told_s:
+            self._take_time(call_s)
+        if slots.wanted:
+            self.offer()
+        assert isinstance(caller, _Caller)
+        others = slots.taken + slots.abandoned - caller.held
+        if others or caller.others or caller.version != self._version:
+            self._tell(caller, now)
+
+    def abandoned_changed(self) -> None:
+        """Note that a call is not waited for any more, or that such a one has ended."""
+        number = self._servable.deserted
+        if number == self.slots.abandoned:
+            return
+        self.slots.abandoned = number
+        stuck = number >= self._threads
+        if stuck != self._stuck:
+            self._stuck = stuck
+            self._version += 1
+            for caller in self._callers.values():
+                self._tell(caller, perf_counter())
+        self.offer()
+
+    def want(self, reply_to: ReplyTo, number: int) -> None:
+        """Note that a caller has use for so many slots."""
+        caller = self._callers.get(reply_to.caller) or self._meet(reply_to)
+        caller.way = reply_to
+        self.slots.want(caller, number)
+        self.offer()
+
+    def decline(self, reply_to: ReplyTo) -> None:
+        """Note that a caller has no use for slots any more."""
+        caller = self._callers.get(reply_to.caller)
+        if caller is not None:
+            self.slots.withdraw(caller)
+            self.offer()
+
+    def forget(self, reply_to: ReplyTo) -> None:
+        """Forget a caller whose channel has ended, if it has not used another since."""
+        caller = self._callers.get(reply_to.caller)
+        if caller is not None and caller.way is reply_to:
+            del self._callers[reply_to.caller]
+            self.slots.withdraw(caller)
+            self.offer()
+
+    def greet(self, message: Message) -> None:
+        """Send a message to all callers, and to those to come."""
+        self._greeting = message
+        for way in self.ways():
+            way.send(message)
+
+    def ways(self) -> Iterable[ReplyTo]:
+        """Return the channels to all callers."""
+        return [caller.way for caller in self._callers.values()]
+
+    def offer(self) -> None:
+        """Keep slots that are free for callers who want them, in turn."""
+        while (caller := self.slots.offer()) is not None:
+            assert isinstance(caller, _Caller)
+            caller.way.send((ROOM, 0, self._replica_id))
+        if self.slots.kept and self._keeping is None:
+            self._keeping = self._loop.call_later(KEPT_S, self._withdraw_kept)
+
+    def close(self) -> None:
+        """Offer nothing any more."""
+        self.slots.limit = 0
+        if self._keeping is not None:
+            self._keeping.cancel()
+
+    def _meet(self, reply_to: ReplyTo) -> _Caller:
+        caller = self._callers[reply_to.caller] = _Caller(reply_to)
+        if self._greeting is not None:
+            reply_to.send(self._greeting)
+        return caller
+
+    def _take_time(self, call_s: float) -> None:
+        self._told_s = call_s
+        self._version += 1
+        if self.first_limit is not None:
+            seconds = self._servable.call_s
+            self.slots.limit = slots_of_threads(self._threads, seconds, self._most)
+
+    def _tell(self, caller: _Caller, now: float) -> None:
+        """Tell a caller of the load here, if that is news."""
+        slots = self.slots
+        others = slots.taken + slots.abandoned - caller.held
+        if caller.version == self._version:
+            same = others == caller.others
+            if now - caller.told_at < (TELL_AGAIN_S if same else TELL_S):
+                return
+        caller.others, caller.told_at, caller.version = others, now, self._version
+        call_us = int(self._told_s * 1e6)
+        news = (others, slots.limit, call_us, self._stuck)
+        caller.way.send((LOAD, 0, self._replica_id, *news))
+
+    def _withdraw_kept(self) -> None:
+        """Keep slots no longer for those who are too late."""
+        self._keeping = None
+        for caller in self._callers.values():
+            if caller.kept:
+                self.slots.withdraw(caller)
+        self.offer()
