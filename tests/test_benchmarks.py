@@ -71,7 +71,7 @@ WORK = [
 MAY_BE_0 = ("% of a core", "share off by", "doubled")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("names", [OTHERS, WORK], ids=["others", "work"])
 def test_rows(tmp_path: Path, names: list[str]) -> None:
     rows = run(tmp_path, "|".join(f"^{name}$" for name in names), 0.2)

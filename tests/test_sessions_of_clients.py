@@ -16,7 +16,7 @@ import pytest
 import daskserve as serve
 from tests.test_http import Site, open_site
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(180)]
 
 SESSIONS = 50
 #: Requests of each, but for those that begin and end it.
