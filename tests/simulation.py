@@ -33,29 +33,45 @@ from daskserve.transport.messages import (
 from daskserve.transport.router import Slot
 
 
+@dataclass(order=True)
+class Timer:
+    """What is due at a time."""
+
+    when: float
+    number: int
+    function: Callable[..., Any] = field(compare=False)
+    args: tuple[Any, ...] = field(compare=False)
+    cancelled: bool = field(default=False, compare=False)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
 class Loop:
     """What a dispatcher needs of a loop."""
 
     def __init__(self) -> None:
         self.now = 0.0
-        self._events: list[tuple[float, int, Callable[..., Any], tuple[Any, ...]]] = []
+        self._events: list[Timer] = []
         self._numbers = itertools.count()
 
     def time(self) -> float:
         return self.now
 
     def call_at(self, when: float, function: Callable[..., Any], *args: Any) -> Any:
-        event = (when, next(self._numbers), function, args)
+        event = Timer(when, next(self._numbers), function, args)
         heapq.heappush(self._events, event)
-        return event  # nothing here is ever cancelled
+        return event
 
     def call_later(self, delay: float, function: Callable[..., Any], *a: Any) -> Any:
         return self.call_at(self.now + delay, function, *a)
 
     def run(self, until: float) -> None:
-        while self._events and self._events[0][0] <= until:
-            self.now, _, function, args = heapq.heappop(self._events)
-            function(*args)
+        while self._events and self._events[0].when <= until:
+            event = heapq.heappop(self._events)
+            if not event.cancelled:
+                self.now = event.when
+                event.function(*event.args)
         self.now = until
 
 

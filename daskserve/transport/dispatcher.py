@@ -203,13 +203,6 @@ class Dispatcher:
         for slot in slots:
             group.router.note(slot)
 
-    def _connecting(self, group: Group) -> bool:
-        """Whether the first connections to a deployment may be on their way."""
-        return not group.wanted or (
-            self.loop.time() < group.connecting_until
-            and not all(slot.reachable for slot in group.router.slots.values())
-        )
-
     async def connected(self) -> None:
         """Wait until all replicas of the snapshot can be reached, for a moment.
 
@@ -442,8 +435,12 @@ class Dispatcher:
 
     def _look_again(self, group: Group, when: float) -> None:
         """Look once more at that time, at the latest."""
-        if group.timer is None:
-            group.timer = self.loop.call_at(when + 0.001, self._time_to_look, group)
+        if group.timer is not None:
+            if group.timer_at <= when:
+                return
+            group.timer.cancel()
+        group.timer_at = when
+        group.timer = self.loop.call_at(when + 0.001, self._time_to_look, group)
 
     def _time_to_look(self, group: Group) -> None:
         group.timer = None
@@ -488,6 +485,10 @@ class Dispatcher:
             group.router.open(slot)
             decline = (DECLINE, 0, slot.replica_id)
             self.connections.channel(slot).send(decline)
+            return
+        if call.model_id or call.near is not None:  # another one may suit it better
+            group.router.open(slot)
+            self._hand_out(group)
             return
         group.leave(call)
         self._assign(group, call, slot)

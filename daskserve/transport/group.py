@@ -29,10 +29,10 @@ class Group:
         Its name.
     """
 
-    __slots__ = ("_queue", "_returned", "affinity", "bound",
-                 "connecting_until", "hopeless", "info", "max_queued",
-                 "max_websockets", "name", "router", "sessions", "timeout_s", "timer",
-                 "waiting", "wanted")  # fmt: skip
+    __slots__ = ("_queue", "_returned", "affinity", "bound", "connecting_until",
+                 "hopeless", "info", "max_queued", "max_websockets", "name", "router",
+                 "sessions", "timeout_s", "timer", "timer_at", "waiting",
+                 "wanted")  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -54,6 +54,7 @@ class Group:
         self.bound: dict[int, deque[Call]] = {}
         #: Of the next look at replicas that are closed, or not reachable yet.
         self.timer: asyncio.TimerHandle | None = None
+        self.timer_at = 0.0
         #: How many calls wait.
         self.waiting = 0
         # In the order in which they came; those that a replica has given back first.
