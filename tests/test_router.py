@@ -6,6 +6,8 @@ import random
 import timeit
 from collections import Counter
 
+import pytest
+
 from daskserve.transport.router import HOP_S, MAX_RANKED, VALID_S, Router, Slot
 
 
@@ -73,6 +75,41 @@ def test_calls_that_take_less_than_a_hop_stay_while_there_is_room() -> None:
         assert chooser.choose(0) is near
         chooser.begin(near)
     assert chooser.choose(0) is far
+
+
+def test_calls_of_microseconds_are_shared_by_those_that_are_as_far() -> None:
+    near, *far = slot(1, local=True), slot(2), slot(3)
+    chooser = router(near, *far, max_ongoing=100)
+    for each, call_s in zip((near, *far), (2e-5, 2e-5, 6e-5), strict=True):
+        say(chooser, each, call_s=call_s)
+    for _ in range(100):
+        chooser.begin(near)
+    for _ in range(40):  # which of them is a little quicker does not matter
+        chosen = chooser.choose(0)
+        assert chosen is not None
+        chooser.begin(chosen)
+    assert [s.in_flight for s in far] == [20, 20]
+
+
+def test_the_two_ways_to_a_wait_agree() -> None:
+    rng = random.Random(5)
+    for _ in range(500):
+        slots = [slot(i, local=rng.random() < 0.3) for i in range(3)]
+        chooser = router(*slots, max_ongoing=50)
+        for each in slots:
+            say(
+                chooser,
+                each,
+                others=rng.randrange(5),
+                call_s=10 ** rng.uniform(-6, 0),
+                stuck=rng.random() < 0.1,
+            )
+            for _ in range(rng.randrange(10)):
+                chooser.begin(each)
+        chosen = chooser.choose(0)
+        assert chosen is not None
+        waits = [chooser._wait(each, 0) for each in slots]
+        assert chooser._wait(chosen, 0) == pytest.approx(min(waits))
 
 
 def test_a_slow_replica_gets_less() -> None:

@@ -28,8 +28,11 @@ from dataclasses import dataclass
 from daskserve.transport.model_places import ModelPlaces
 
 #: What a message to another process and back costs, in seconds. A call that takes less
-#: is not worth moving: that costs more than it brings.
-HOP_S = 100e-6
+#: is hardly worth moving, for that costs more than it brings: of the wait behind such
+#: calls, this part counts.
+HOP_S, SHORT = 100e-6, 0.05
+#: From so many hops on, the first of two terms is the larger one.
+MOVABLE = 1 / (1 - SHORT)
 #: How long a call is thought to take before any replica has said.
 UNKNOWN_CALL_S = 1e-3
 #: For how long it counts what a replica said of others' requests in it, in seconds.
@@ -38,8 +41,9 @@ VALID_S = 1.0
 TIME_VALID_S = 10.0
 #: So many replicas are all looked at; of more, this many by chance.
 FEW, SAMPLED = 8, 4
-#: Times that differ by less are taken for equal: they are measured, and so noisy.
-NOISE = 1.3
+#: Times that differ by less, or are less, are taken for equal: they are measured, so
+#: noisy, and who is a little quicker is not to get all that comes.
+NOISE, NOISE_S = 1.3, 1e-3
 #: How much a report of a call's time counts beside those before it.
 WEIGHT = 0.05
 #: Bytes/s at which values are thought to travel between hosts, and within one.
@@ -205,7 +209,8 @@ class Router:
         call_s = max(0.0, call_s)  # whatever it says
         self.call_s += (call_s - self.call_s) * (WEIGHT if self._heard else 1)
         self._heard = True
-        alike = self.call_s < NOISE * call_s and call_s < NOISE * self.call_s
+        low, high = sorted((call_s, self.call_s))
+        alike = high < NOISE * low or high < NOISE_S
         slot.call_s = -1.0 if alike else call_s
         slot.call_until = now + TIME_VALID_S
         slot.others, slot.stuck = others, stuck
@@ -433,9 +438,12 @@ class Router:
             call_s = slot.call_s
             if call_s < 0.0 or slot.call_until <= now:
                 call_s = usual_s
-            wait = call_s if slot.local else call_s + HOP_S
-            if call_s > HOP_S:
-                wait += load * (call_s - HOP_S)
+            if call_s > HOP_S * MOVABLE:
+                wait = call_s + load * (call_s - HOP_S)
+            else:
+                wait = (call_s if call_s > HOP_S else HOP_S) + load * call_s * SHORT
+            if not slot.local:
+                wait += HOP_S
             if slot.stuck:
                 wait += STUCK_S
             if wait < least:
@@ -455,9 +463,8 @@ class Router:
         if load >= slot.limit:
             return FULL
         call_s = self._call_s(slot, now)
-        wait = call_s if slot.local else call_s + HOP_S
-        if call_s > HOP_S:
-            wait += load * (call_s - HOP_S)
+        each_s = max(call_s - HOP_S, call_s * SHORT)
+        wait = max(call_s, HOP_S) + load * each_s + (0.0 if slot.local else HOP_S)
         return wait + STUCK_S if slot.stuck else wait
 
 
