@@ -180,7 +180,7 @@ def test_refused_connections(tmp_path: Path) -> None:
     assert {(f.outcome, f.sent) for f in load.fates()} == {("refused", 1)}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_short_storm() -> None:
     need_hosts()
     command = [sys.executable, "-m", "tests.chaos", "storm-on-hosts", "--seconds", "4"]

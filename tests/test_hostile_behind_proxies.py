@@ -31,7 +31,7 @@ from tests.test_http import (
 
 __all__ = ["spare", "start"]  # fixtures
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(params=["http", "https"])

@@ -121,7 +121,7 @@ def site() -> Iterator[Site]:
         yield site
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(120)
 @near_and_far
 def test_500_sockets_and_200_streams_beside_http(site: Site, where: str) -> None:

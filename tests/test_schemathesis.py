@@ -23,7 +23,7 @@ from daskserve.ingress import find_ingress
 from tests.test_http import Site, open_site
 from tests.utils import run_uvicorn
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(120)]
 
 SEED = "20260801"
 MAX_EXAMPLES = "60"

@@ -65,7 +65,7 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_thousand_slow_clients(
