@@ -16,6 +16,7 @@ from typing import Any
 
 from daskserve.replica import admission
 from daskserve.replica.admission import Admission, slots_of_threads
+from daskserve.replica.times import Times
 from daskserve.transport.call import Call
 from daskserve.transport.channel import Exchange
 from daskserve.transport.dispatcher import Dispatcher
@@ -94,7 +95,7 @@ class Replica:
         self.slots = Admission(self.threads or self.most)
         self.queue: deque[tuple[Caller, Message]] = deque()
         self.running = 0
-        self.call_s = 0.0
+        self.times = Times()
         self.told: dict[str, tuple[int, int]] = {}
 
     def take(self, caller: Caller, message: Message) -> None:
@@ -126,9 +127,11 @@ class Replica:
     def _ended(self, caller: Caller, message: Message, seconds: float) -> None:
         self.running -= 1
         self.served += 1
-        self.call_s += (seconds - self.call_s) * (0.1 if self.call_s else 1)
+        self.times.add(seconds)
         if self.threads:
-            self.slots.limit = slots_of_threads(self.threads, self.call_s, self.most)
+            self.slots.limit = slots_of_threads(
+                self.threads, self.times.mean_s, self.most
+            )
         self.slots.give_back(self.known[caller.name])
         caller.receive(self, (RESULT, message[1], message[3]))
         self._tell(caller)
@@ -142,8 +145,9 @@ class Replica:
     def _tell(self, caller: Caller) -> None:
         others = self.slots.taken - self.known[caller.name].held
         news = others, self.slots.limit
-        call_us = self.call_s * 1e6 / max(1, self.threads)
-        caller.hear(self, (LOAD, 0, self.replica_id, *news, call_us, False))
+        times_s = self.times.mean_s, self.times.typical_s
+        times_us = [seconds * 1e6 / max(1, self.threads) for seconds in times_s]
+        caller.hear(self, (LOAD, 0, self.replica_id, *news, *times_us, False))
 
 
 class _Channel:

@@ -198,7 +198,7 @@ def test_a_session_waits_for_the_thread_of_its_replica() -> None:
     assert made.choose_for_session("s", 1, 0) is made.slots[2]
     for _ in range(4):
         made.end(slot)
-    made.report(slot, 4, 1, 0.01, False, 0.0)
+    made.report(slot, 4, 1, 0.01, 0.01, False, 0.0)
     assert made.choose_for_session("s", 1, 0) is made.slots[2]
 
 

@@ -561,7 +561,7 @@ def test_a_local_replica_needs_no_connection() -> None:
 @pytest.mark.parametrize("stuck", [False, True])
 def test_a_replica_that_lies_about_its_load(stuck: bool) -> None:
     """Others get what there is; alone, it is asked again and again."""
-    lies = (10**9, -1, -5, stuck)
+    lies = (10**9, -1, -5, -7, stuck)
 
     def lie(replica: StandIn, reply_to: ReplyTo, message: Message) -> None:
         if message[0] == CALL:
@@ -594,7 +594,7 @@ def test_a_replica_that_offers_what_nobody_wants() -> None:
         place = await Place({1: replica}).start()
         dispatcher.update(1, snapshot((1, place)))
         assert (await ask(dispatcher))[0] == RESULT
-        for notice in ((ROOM, 0, 1), (ROOM, 0, 99), (LOAD, 0, 99, 0, 1, 1, False)):
+        for notice in ((ROOM, 0, 1), (ROOM, 0, 99), (LOAD, 0, 99, 0, 1, 1, 1, False)):
             dispatcher._take_notice(notice)
         while DECLINE not in replica.ops:
             await asyncio.sleep(0.005)
@@ -609,7 +609,7 @@ def test_slots_are_asked_for_where_others_have_all() -> None:
 
     def full(replica: StandIn, reply_to: ReplyTo, message: Message) -> None:
         if message[0] == CALL:
-            reply_to.send((LOAD, 0, message[2], 5, 5, 10_000, False))
+            reply_to.send((LOAD, 0, message[2], 5, 5, 10_000, 10_000, False))
             reply_to.send((RESULT, message[1], message[3]))
         elif message[0] == WANT:
             wanted.append(message[3])

@@ -75,6 +75,7 @@ PURE = [
     "proxy.routes",
     "proxy.windows",
     "replica.admission",
+    "replica.times",
     "controller.*",
 ]
 #: ... and those of them that do the I/O for the others.

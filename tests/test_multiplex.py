@@ -254,7 +254,7 @@ def test_a_hot_model_spreads_when_its_replica_is_busy() -> None:
     (first, *others) = made.ranked("hot")
     made.models.report(first, 2, 2.0, ["hot"], 0.0)
     for slot in made.slots.values():
-        made.report(slot, 0, 100, 0.1, False, 0.0)
+        made.report(slot, 0, 100, 0.1, 0.1, False, 0.0)
     for _ in range(15):
         assert ask(made, "hot") is first
         made.begin(first)

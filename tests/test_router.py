@@ -28,10 +28,12 @@ def say(
     others: int = 0,
     limit: int = 100,
     call_s: float = 0.01,
+    typical_s: float | None = None,
     stuck: bool = False,
     now: float = 0.0,
 ) -> None:
-    chooser.report(about, others, limit, call_s, stuck, now)
+    typical_s = call_s if typical_s is None else typical_s
+    chooser.report(about, others, limit, call_s, typical_s, stuck, now)
 
 
 def test_without_replicas_there_is_no_choice() -> None:
@@ -134,6 +136,18 @@ def test_times_that_differ_by_noise_only_are_equal() -> None:
         assert chosen is not None
         chooser.begin(chosen)
     assert [s.in_flight for s in slots] == [20, 20, 20]
+
+
+def test_one_call_that_took_long_makes_no_slow_replica() -> None:
+    slots = [slot(1), slot(2)]
+    chooser = router(*slots, max_ongoing=100)
+    say(chooser, slots[0], call_s=0.002)
+    say(chooser, slots[1], call_s=0.1, typical_s=0.0025)  # it had one of a second
+    for _ in range(40):
+        chosen = chooser.choose(0)
+        assert chosen is not None
+        chooser.begin(chosen)
+    assert [s.in_flight for s in slots] == [20, 20]
 
 
 def test_full_replicas_are_not_chosen() -> None:

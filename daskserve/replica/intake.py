@@ -14,6 +14,7 @@ from time import perf_counter
 from daskserve.replica.actor import ReplicaSpec
 from daskserve.replica.admission import Admission, Caller, slots_of_threads
 from daskserve.replica.servable import Servable
+from daskserve.replica.times import Times
 from daskserve.transport.channel import ReplyTo
 from daskserve.transport.messages import LOAD, NO_LIMIT, ROOM, Message
 
@@ -21,9 +22,7 @@ from daskserve.transport.messages import LOAD, NO_LIMIT, ROOM, Message
 KEPT_S = 1.0
 #: How often a caller is told at most, and how often again, what others have here.
 TELL_S, TELL_AGAIN_S = 0.001, 0.5
-#: How much the time of a call counts beside those before it.
-WEIGHT = 0.1
-#: What it has to become, of what was told last, to be told again.
+#: What the time of a call has to become, of what was told last, to be told again.
 LESS, MORE = 0.8, 1.25
 
 
@@ -69,10 +68,10 @@ class Intake:
         self._threads = spec.threads
         self._servable = servable
         self._callers: dict[str, _Caller] = {}
-        #: Seconds that async calls take, those of apps included.
-        self._call_s = 0.0
-        #: What of that was told last, and of which version that is.
-        self._told_s = 0.0
+        #: How long calls take: on their threads, or those that are async.
+        self._times = Times()
+        #: What of that was told last, mean and typical, and of which version that is.
+        self._told_s = self._told_typical_s = 0.0
         self._version = 1
         self._stuck = False
         #: Told to callers when they come.
@@ -83,6 +82,7 @@ class Intake:
     def started(self) -> None:
         """Note that the servable is there: some run on threads, and take as many."""
         if self._servable.threaded:
+            self._times = self._servable.times
             self.first_limit = self.slots.limit = min(self._threads, self._most)
 
     def take(self, reply_to: ReplyTo) -> Caller | None:
@@ -106,15 +106,11 @@ class Intake:
         """
         slots, now = self.slots, perf_counter()
         slots.give_back(caller)
-        if self.first_limit is not None:
-            call_s = self._servable.call_s / self._threads
-        else:
-            seconds = now - began
-            call_s = self._call_s
-            call_s = call_s + (seconds - call_s) * WEIGHT if call_s else seconds
-            self._call_s = call_s
-        if not LESS * self._told_s <= call_s <= MORE * self._told_s:
-            self._take_time(call_s)
+        times = self._times
+        if self.first_limit is None:
+            times.add(now - began)
+        if not LESS * self._told_s <= times.mean_s <= MORE * self._told_s:
+            self._take_times()
         if slots.wanted:
             self.offer()
         assert isinstance(caller, _Caller)
@@ -188,12 +184,12 @@ class Intake:
             reply_to.send(self._greeting)
         return caller
 
-    def _take_time(self, call_s: float) -> None:
-        self._told_s = call_s
+    def _take_times(self) -> None:
+        times = self._times
+        self._told_s, self._told_typical_s = times.mean_s, times.typical_s
         self._version += 1
         if self.first_limit is not None:
-            seconds = self._servable.call_s
-            self.slots.limit = slots_of_threads(self._threads, seconds, self._most)
+            self.slots.limit = slots_of_threads(self._threads, times.mean_s, self._most)
 
     def _tell(self, caller: _Caller, now: float) -> None:
         """Tell a caller of the load here, if that is news."""
@@ -204,8 +200,10 @@ class Intake:
             if now - caller.told_at < (TELL_AGAIN_S if same else TELL_S):
                 return
         caller.others, caller.told_at, caller.version = others, now, self._version
-        call_us = int(self._told_s * 1e6)
-        news = (others, slots.limit, call_us, self._stuck)
+        threads = 1 if self.first_limit is None else self._threads
+        call_us = int(self._told_s / threads * 1e6)
+        typical_us = int(self._told_typical_s / threads * 1e6)
+        news = (others, slots.limit, call_us, typical_us, self._stuck)
         caller.way.send((LOAD, 0, self._replica_id, *news))
 
     def _withdraw_kept(self) -> None:

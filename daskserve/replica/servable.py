@@ -33,6 +33,7 @@ from daskserve.replica.methods import (
     takes_arguments,
 )
 from daskserve.replica.sync_thread import SyncThreads
+from daskserve.replica.times import Times
 
 #: Where an object keeps what ``@serve.multiplexed`` has loaded, each with ``clear()``.
 MODELS = "_daskserve_models"
@@ -108,9 +109,9 @@ class Servable:
         return self._threads.jobs
 
     @property
-    def call_s(self) -> float:
-        """About how many seconds a sync call takes on its thread; 0.0 at first."""
-        return self._threads.call_s
+    def times(self) -> Times:
+        """How long sync calls take on a thread."""
+        return self._threads.times
 
     @property
     def deserted(self) -> int:

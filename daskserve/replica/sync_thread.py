@@ -15,10 +15,8 @@ from queue import SimpleQueue
 from time import perf_counter
 from typing import Any
 
+from daskserve.replica.times import Times
 from daskserve.transport.loops import Mailbox
-
-#: What the last call weighs in `SyncThreads.call_s`.
-_WEIGHT = 0.1
 
 
 class Job:
@@ -109,9 +107,9 @@ class SyncThreads:
         self.deserted = 0
         #: Of these, the one that was deserted first; for any thread to read.
         self.oldest_deserted: Job | None = None
-        #: About how many seconds a call takes on its thread; deserted ones and what is
-        #: no caller's are left out. 0 before the first.
-        self.call_s = 0.0
+        #: How long calls take on their threads; deserted ones and what is no caller's
+        #: are left out.
+        self.times = Times()
         self._loop = loop
         self._name = name
         self._number = number
@@ -194,8 +192,7 @@ class SyncThreads:
                 job.future.set_result(job.result)
 
     def _measure(self, took_s: float) -> None:
-        mean = self.call_s
-        self.call_s = mean + _WEIGHT * (took_s - mean) if mean else took_s
+        self.times.add(took_s)
 
     def _count_deserted(self) -> None:
         self.deserted = len(self._deserted)

@@ -462,10 +462,9 @@ class Dispatcher:
         if message[0] == ROOM:
             self._has_slot(group, slot)
         elif message[0] == LOAD:
-            _, _, _, others, limit, call_us, stuck = message
-            group.router.report(
-                slot, others, limit, call_us / 1e6, stuck, self.loop.time()
-            )
+            _, _, _, others, limit, call_us, typical_us, stuck = message
+            times_s = call_us / 1e6, typical_us / 1e6
+            group.router.report(slot, others, limit, *times_s, stuck, self.loop.time())
             if group.waiting:
                 self._hand_out(group)
         elif message[0] == SESSION:

@@ -43,8 +43,9 @@ These belong to no exchange, and have a 0 for its id:
 ``ROOM``      replica: it keeps a slot for a caller that wants one or was refused
 ``DECLINE``   replica: from a caller that has no use for slots any more
 ``LOAD``      replica, requests of others in it, how many it takes at a time,
-              microseconds that each adds to the wait of the next, whether calls that
-              nobody waits for keep it from all others: when that has changed
+              microseconds that each adds to the wait of the next, and that are
+              typical for it, whether calls that nobody waits for keep it from all
+              others: when that has changed
 ``MODELS``    replica, how many models it keeps or 0, microseconds that one takes to
               load, ids of those it has: when they have changed
 ``FOLLOW``    replica: from a caller that wants to be told of its sessions

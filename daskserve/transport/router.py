@@ -44,6 +44,8 @@ FEW, SAMPLED = 8, 4
 #: Times that differ by less, or are less, are taken for equal: they are measured, so
 #: noisy, and who is a little quicker is not to get all that comes.
 NOISE, NOISE_S = 1.3, 1e-3
+#: Times are not told apart that are less.
+LEAST_S = 1e-6
 #: How much a report of a call's time counts beside those before it.
 WEIGHT = 0.05
 #: Bytes/s at which values are thought to travel between hosts, and within one.
@@ -114,7 +116,7 @@ class Router:
         self.begun = 0
         #: What a call takes in most replicas, in seconds.
         self.call_s = UNKNOWN_CALL_S
-        self._heard = False
+        self._typical_s = 0.0
         #: Replicas with room, as far as this caller's own requests go.
         self._open: list[Slot] = []
         self._local: list[Slot] = []
@@ -186,6 +188,7 @@ class Router:
         others: int,
         limit: int,
         call_s: float,
+        typical_s: float,
         stuck: bool,
         now: float,
     ) -> None:
@@ -201,17 +204,21 @@ class Router:
             How many it takes at a time.
         call_s
             Seconds that each of them adds to the wait of the next.
+        typical_s
+            The same, if few that take long do not count: replicas are compared by it.
         stuck
             Whether calls that nobody waits for keep all its threads.
         now
             Time in seconds.
         """
-        call_s = max(0.0, call_s)  # whatever it says
-        self.call_s += (call_s - self.call_s) * (WEIGHT if self._heard else 1)
-        self._heard = True
-        low, high = sorted((call_s, self.call_s))
+        # Whatever it says.
+        call_s, typical_s = max(0.0, call_s), max(LEAST_S, typical_s)
+        weight = WEIGHT if self._typical_s else 1.0
+        self.call_s += (call_s - self.call_s) * weight
+        self._typical_s += (typical_s - self._typical_s) * weight
+        low, high = sorted((typical_s, self._typical_s))
         alike = high < NOISE * low or high < NOISE_S
-        slot.call_s = -1.0 if alike else call_s
+        slot.call_s = -1.0 if alike else self.call_s * typical_s / self._typical_s
         slot.call_until = now + TIME_VALID_S
         slot.others, slot.stuck = others, stuck
         slot.valid_until = math.inf if stuck else now + VALID_S

@@ -341,7 +341,7 @@ def spread(
             asked.end(ended)
             load[ended.replica_id] -= 1
             others = load[ended.replica_id] - ended.in_flight
-            asked.report(ended, others, in_flight, 0.01, False, 0.0)
+            asked.report(ended, others, in_flight, 0.01, 0.01, False, 0.0)
         router = chance.choice(routers)
         slot = router.choose(0)
         if by_chance:
