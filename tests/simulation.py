@@ -130,7 +130,10 @@ class Replica:
         self.times.add(seconds)
         if self.threads:
             self.slots.limit = slots_of_threads(
-                self.threads, self.times.mean_s, self.most
+                self.threads,
+                self.times.mean_s,
+                self.most,
+                steady=self.times.steady,
             )
         self.slots.give_back(self.known[caller.name])
         caller.receive(self, (RESULT, message[1], message[3]))

@@ -137,4 +137,6 @@ def test_threads_have_always_one_to_run() -> None:
     assert slots_of_threads(8, 0.05, 100) == 8
     assert slots_of_threads(8, 0.002, 100) == 12
     assert slots_of_threads(1, 0.0, 100) == 1  # nothing is known yet
+    assert slots_of_threads(1, 0.02, 100, steady=True) == 2
+    assert slots_of_threads(1, 0.1, 100, steady=True) == 1
     assert slots_of_threads(8, 0.05, 3) == 3

@@ -12,10 +12,14 @@ from collections import deque
 #: Calls on threads that take longer than this, in seconds, are sent one at a time for
 #: each thread: what waits can then go to whoever is free first. Of shorter ones there
 #: are as many more as pass while one travels, so that threads have always one to run.
-SHORT_S, TRAVEL_S = 0.01, 0.001
+#: Where all take about as long, who waits here for one that is a little longer loses
+#: nothing.
+SHORT_S, SHORT_IF_STEADY_S, TRAVEL_S = 0.01, 0.03, 0.001
 
 
-def slots_of_threads(threads: int, call_s: float, most: int) -> int:
+def slots_of_threads(
+    threads: int, call_s: float, most: int, *, steady: bool = False
+) -> int:
     """Return how many requests to send to a replica that runs them on threads.
 
     Parameters
@@ -26,6 +30,8 @@ def slots_of_threads(threads: int, call_s: float, most: int) -> int:
         Seconds that each takes on its thread; 0.0: unknown.
     most
         The limit (``max_ongoing_requests``).
+    steady
+        Whether all take about as long.
 
     Examples
     --------
@@ -33,7 +39,7 @@ def slots_of_threads(threads: int, call_s: float, most: int) -> int:
     [1, 1, 2, 11, 100]
     """
     ahead = 0
-    if 0.0 < call_s < SHORT_S:
+    if 0.0 < call_s < (SHORT_IF_STEADY_S if steady else SHORT_S):
         ahead = int(TRAVEL_S * threads / call_s + 0.999)
     return min(threads + ahead, most)
 

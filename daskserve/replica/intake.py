@@ -24,6 +24,8 @@ KEPT_S = 1.0
 TELL_S, TELL_AGAIN_S = 0.001, 0.5
 #: What the time of a call has to become, of what was told last, to be told again.
 LESS, MORE = 0.8, 1.25
+#: Of calls that are briefer, in seconds, so many are not measured between two that are.
+BRIEF_S, UNMEASURED = 1e-3, 7
 
 
 class _Caller(Caller):
@@ -72,6 +74,9 @@ class Intake:
         self._times = Times()
         #: What of that was told last, mean and typical, and of which version that is.
         self._told_s = self._told_typical_s = 0.0
+        self._steady = False
+        #: How many calls are not measured before the next.
+        self._unmeasured = 0
         self._version = 1
         self._stuck = False
         #: Told to callers when they come.
@@ -104,19 +109,22 @@ class Intake:
         began
             When it was taken, by `time.perf_counter`.
         """
-        slots, now = self.slots, perf_counter()
+        slots, times = self.slots, self._times
         slots.give_back(caller)
-        times = self._times
-        if self.first_limit is None:
-            times.add(now - began)
-        if not LESS * self._told_s <= times.mean_s <= MORE * self._told_s:
-            self._take_times()
+        if self.first_limit is not None:
+            self._look_at_times()
+        elif self._unmeasured:
+            self._unmeasured -= 1
+        else:
+            times.add(perf_counter() - began)
+            self._unmeasured = UNMEASURED if times.mean_s < BRIEF_S else 0
+            self._look_at_times()
         if slots.wanted:
             self.offer()
         assert isinstance(caller, _Caller)
         others = slots.taken + slots.abandoned - caller.held
         if others or caller.others or caller.version != self._version:
-            self._tell(caller, now)
+            self._tell(caller, perf_counter())
 
     def abandoned_changed(self) -> None:
         """Note that a call is not waited for any more, or that such a one has ended."""
@@ -184,12 +192,19 @@ class Intake:
             reply_to.send(self._greeting)
         return caller
 
-    def _take_times(self) -> None:
+    def _look_at_times(self) -> None:
+        """See whether calls take another time than was told."""
         times = self._times
+        if LESS * self._told_s <= times.mean_s <= MORE * self._told_s:
+            if times.steady == self._steady:
+                return
+        self._steady = times.steady
         self._told_s, self._told_typical_s = times.mean_s, times.typical_s
         self._version += 1
         if self.first_limit is not None:
-            self.slots.limit = slots_of_threads(self._threads, times.mean_s, self._most)
+            self.slots.limit = slots_of_threads(
+                self._threads, times.mean_s, self._most, steady=times.steady
+            )
 
     def _tell(self, caller: _Caller, now: float) -> None:
         """Tell a caller of the load here, if that is news."""

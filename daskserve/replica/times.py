@@ -6,6 +6,9 @@ from math import exp, log
 
 #: How much a call counts beside those before it, for the mean and for what is typical.
 WEIGHT, TYPICAL_WEIGHT = 0.1, 0.05
+#: What is left of the longest time with each call after it, and how much longer than
+#: the mean it may be.
+FORGET, STEADY = 0.99, 1.5
 #: Less is not told apart, in seconds.
 LEAST_S = 1e-6
 
@@ -23,14 +26,22 @@ class Times:
     ...     times.add(seconds)
     >>> round(times.mean_s, 3), round(times.typical_s, 5)
     (0.101, 0.00141)
+    >>> times.steady
+    False
     """
 
-    __slots__ = ("_log", "mean_s")
+    __slots__ = ("_log", "_peak_s", "mean_s")
 
     def __init__(self) -> None:
         #: 0.0 before the first.
         self.mean_s = 0.0
         self._log = 0.0
+        self._peak_s = 0.0
+
+    @property
+    def steady(self) -> bool:
+        """Whether no call of late took much longer than the others."""
+        return self._peak_s < STEADY * self.mean_s
 
     @property
     def typical_s(self) -> float:
@@ -45,3 +56,6 @@ class Times:
             self._log += (log(seconds) - self._log) * TYPICAL_WEIGHT
         else:
             self.mean_s, self._log = seconds, log(seconds)
+        self._peak_s *= FORGET
+        if seconds > self._peak_s:
+            self._peak_s = seconds
