@@ -7,6 +7,8 @@ The comms are real ones on loopback; only the replica behind them is a stand-in,
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -809,6 +811,42 @@ def test_a_session_whose_replica_is_full_goes_elsewhere() -> None:
         assert not task.done()
         task.cancel()
         await asyncio.wait([task])
+        place.stop()
+
+    run(test)
+
+
+def test_a_call_that_has_ended_is_no_garbage() -> None:
+    """Collecting circles of references costs more than a request."""
+
+    class Request:
+        def __init__(self, dispatcher: Dispatcher) -> None:
+            self.call = Call(dispatcher, "D")
+            self.done = asyncio.get_running_loop().create_future()
+            assert self.call.begin(self.make, self.news)
+
+        def make(self, exchange_id: int, replica_id: int) -> Message:
+            return (CALL, exchange_id, replica_id, "x")
+
+        def news(self) -> None:
+            assert self.call.peek() is not None
+            self.call.finish()
+            self.done.set_result(None)
+
+    async def test(dispatcher: Dispatcher) -> None:
+        place = await Place({1: StandIn()}).start()
+        dispatcher.update(1, snapshot((1, place)))
+        await ask(dispatcher)
+        gc.disable()
+        try:
+            request = Request(dispatcher)
+            await request.done
+            await asyncio.sleep(0)
+            left = weakref.ref(request)
+            del request
+            assert left() is None
+        finally:
+            gc.enable()
         place.stop()
 
     run(test)

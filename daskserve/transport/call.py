@@ -134,7 +134,7 @@ class Call:
         assert group is not None and slot is not None
         self._dispatcher.refused(self, group, slot, reason)
         self.returned = True
-        self.finish()
+        self._leave()
         self._dispatcher.submit(self, group)
 
     # From a task.
@@ -166,7 +166,7 @@ class Call:
                 message = await self.next()
             except ConnectionLostError as lost:
                 self.avoid, self.particular = self.slot, True
-                self.finish()
+                self._leave()
                 if not retry_lost:
                     raise ReplicaDiedError(str(lost)) from lost
                 retry_lost = False
@@ -236,6 +236,11 @@ class Call:
 
     def finish(self) -> None:
         """Give the slot in the replica back, or the place in the queue."""
+        # Who made it is known to them, and would else be garbage in a circle.
+        self._make = self._on_news = None
+        self._leave()
+
+    def _leave(self) -> None:
         if self.queued:
             assert self.group is not None
             self.group.leave(self)
