@@ -332,7 +332,7 @@ def site(_site: Site) -> Iterator[Site]:
     _site.clean()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_nothing_is_left_of_requests_that_were_cancelled(site: Site) -> None:
     seed = int(os.environ.get("DASKSERVE_FUZZ_SEED") or random.randrange(10**6))

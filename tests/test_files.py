@@ -64,7 +64,7 @@ class Raised(Limited):
     limits = "-Sn 256"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_worker_with_few_files() -> None:
     @serve.deployment(route_prefix="/f", health_check_period_s=0.5)
     class Opens:

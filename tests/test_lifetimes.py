@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 import daskserve as serve
 from daskserve.exceptions import ServeNotRunningError
@@ -64,6 +65,7 @@ def runs() -> bool:
     return True
 
 
+@pytest.mark.long
 def test_clients_that_vanish_and_the_idle_timeout(tmp_path: Path) -> None:
     with ProcessCluster(1, nanny=False, nthreads=2) as cluster:
         with cluster.client() as client:

@@ -156,7 +156,7 @@ def test_50_mb_in_little_memory(
         transfer(url, 50)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(180)
 @near_and_far
 @transfers
