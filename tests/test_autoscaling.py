@@ -620,6 +620,7 @@ def site() -> Iterator[Site]:
         yield site
 
 
+@pytest.mark.long
 def test_load_steps(site: Site) -> None:
     """1 -> 50 -> 1 -> 0 -> 1 clients, by HTTP and handles: nothing fails or flaps."""
     deployment = site.deploy(Sleeper, autoscaling_config=config(2.4, most=8))
