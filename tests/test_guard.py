@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -533,6 +534,8 @@ MALFORMED = {
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_handshake_is_answered(certificate: Path | None, name: str) -> None:
     status, data = MALFORMED[name]
+    if name == "POST" and version("websockets").startswith("14."):
+        pytest.skip("websockets 14 does not look at the method")
     app = Socket()
     with run(app, certificate, max_connections=10) as (guard, port):
         for _ in range(30):
