@@ -286,6 +286,9 @@ class GuardedProtocol(HttpProtocol):
             self.flow.pause_reading()
         elif self._full:
             self._write_refusal(HTTPStatus.SERVICE_UNAVAILABLE, "Too many connections.")
+        elif self.scope["method"] != "GET":
+            text = "A WebSocket's handshake is a GET request."
+            self._write_refusal(HTTPStatus.METHOD_NOT_ALLOWED, text)
         else:
             self._leave()
             super().handle_websocket_upgrade()
@@ -431,12 +434,13 @@ class GuardedProtocol(HttpProtocol):
 
     def _write_refusal(self, status: HTTPStatus, text: str) -> None:
         body = text.encode()
+        allow = b"allow: GET\r\n" if status == HTTPStatus.METHOD_NOT_ALLOWED else b""
         self.transport.write(
             b"HTTP/1.1 %d %s\r\n"
             b"content-type: text/plain; charset=utf-8\r\n"
-            b"content-length: %d\r\n"
+            b"content-length: %d\r\n%s"
             b"connection: close\r\n\r\n%s"
-            % (status, status.phrase.encode(), len(body), body)
+            % (status, status.phrase.encode(), len(body), allow, body)
         )
         self.linger()
 

@@ -59,9 +59,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             (name.decode("ascii"), value.decode("ascii", "backslashreplace"))
             for name, value in scope["headers"]
         )
-        request = Request(target.decode("ascii"), headers)
-        request.method = scope["method"]
-        self.handle_connect(request)
+        self.handle_connect(Request(target.decode("ascii"), headers))
         if self.close_sent:  # refused
             self._abort_soon()
         else:
