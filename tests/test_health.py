@@ -793,7 +793,7 @@ def site() -> Iterator[Site]:
 
 
 def test_ill_blocked_and_stopped_workers(site: Site) -> None:
-    with ThreadPoolExecutor(24) as pool:
+    with ThreadPoolExecutor(8) as pool:
         others = sorted(set(processes(site)) - {site.near})
         deployment = site.make(Mixed, num_replicas=2, workers=others, **QUICK)
         deployment.deploy()
@@ -822,8 +822,7 @@ def test_ill_blocked_and_stopped_workers(site: Site) -> None:
             process = processes(site)[victim]
             asked = {"held": 1}
             held = [
-                pool.submit(httpx.post, url, params=asked, timeout=20)
-                for _ in range(20)
+                pool.submit(httpx.post, url, params=asked, timeout=20) for _ in range(6)
             ]
             storm.wait(50)
             process.send_signal(signal.SIGSTOP)
@@ -835,7 +834,7 @@ def test_ill_blocked_and_stopped_workers(site: Site) -> None:
                 # Those in the other replica go on.
                 lost = poll(lambda: [job for job in held if job.done()])
                 assert [job.result().status_code for job in lost] == [502] * len(lost)
-                assert len(lost) < len(held)
+                assert len(lost) < 6
                 storm.wait(50)
             finally:
                 process.send_signal(signal.SIGCONT)

@@ -150,6 +150,22 @@ def test_one_call_that_took_long_makes_no_slow_replica() -> None:
     assert [s.in_flight for s in slots] == [20, 20]
 
 
+def test_a_replica_that_took_long_and_died_starves_none_that_comes_after() -> None:
+    ill, well, fresh = slot(1), slot(2), slot(3)
+    chooser = router(ill, well, max_ongoing=100)
+    for _ in range(50):
+        say(chooser, ill, call_s=2e-4)
+        say(chooser, well, call_s=2e-4)
+    say(chooser, ill, call_s=2.5)  # its loop was blocked
+    chooser.update([well, fresh], 100)
+    for _ in range(20):
+        say(chooser, well, call_s=2e-4)
+        chosen = chooser.choose(0)
+        assert chosen is not None
+        chooser.begin(chosen)
+    assert abs(well.in_flight - fresh.in_flight) <= 1
+
+
 def test_full_replicas_are_not_chosen() -> None:
     slots = [slot(i) for i in range(5)]
     chooser = router(*slots)

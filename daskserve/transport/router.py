@@ -44,7 +44,7 @@ FEW, SAMPLED = 8, 4
 #: Times that differ by less, or are less, are taken for equal: they are measured, so
 #: noisy, and who is a little quicker is not to get all that comes.
 NOISE, NOISE_S = 1.3, 1e-3
-#: Times are not told apart that are less.
+#: Shorter times are taken for this one.
 LEAST_S = 1e-6
 #: How much a report of a call's time counts beside those before it.
 WEIGHT = 0.05
@@ -212,10 +212,13 @@ class Router:
             Time in seconds.
         """
         # Whatever it says.
-        call_s, typical_s = max(0.0, call_s), max(LEAST_S, typical_s)
-        weight = WEIGHT if self._typical_s else 1.0
-        self.call_s += (call_s - self.call_s) * weight
-        self._typical_s += (typical_s - self._typical_s) * weight
+        call_s, typical_s = max(LEAST_S, call_s), max(LEAST_S, typical_s)
+        if self._typical_s:
+            # Geometric means: one replica unlike the others changes them little.
+            self.call_s *= (call_s / self.call_s) ** WEIGHT
+            self._typical_s *= (typical_s / self._typical_s) ** WEIGHT
+        else:
+            self.call_s, self._typical_s = call_s, typical_s
         low, high = sorted((typical_s, self._typical_s))
         alike = high < NOISE * low or high < NOISE_S
         slot.call_s = -1.0 if alike else self.call_s * typical_s / self._typical_s
