@@ -565,12 +565,13 @@ def test_a_deserted_sync_call_still_counts(replica: Make) -> None:
     assert made.runner.ongoing == 1
     servable = made.runner._servable
     assert (servable.deserted, servable.thread_jobs) == (1, 1)
-    since = servable.deserted_since
-    assert since is not None and since <= made.runner.loop.time()
+    abandoned = servable.abandoned
+    assert abandoned is not None and abandoned[0] <= made.runner.loop.time()
+    assert abandoned[1] in {t.ident for t in threading.enumerate()}
     assert made.caller.wait(made.call("hold"))[0] == REFUSED
     go.set()
     poll(lambda: made.runner.ongoing == 0)
-    assert (servable.thread_jobs, servable.deserted_since) == (0, None)
+    assert (servable.thread_jobs, servable.abandoned) == (0, None)
 
 
 _events: dict[str, threading.Event] = {}

@@ -29,8 +29,6 @@ ASGI_VERSIONS = {"version": "3.0", "spec_version": "2.3"}
 UNWATCHED_PAUSE_S = 0.5
 #: How long the lines are, each with its CRLFs, that chunks of a body may need.
 CHUNK_LINE_BYTES = 24
-
-
 #: These responses have no body, whatever their head says (RFC 9110, 6.4.1).
 NO_BODY = frozenset({204, 304})
 

@@ -119,14 +119,11 @@ class Servable:
         return self._threads.deserted
 
     @property
-    def deserted_since(self) -> float | None:
-        """Since when there has been one of these, on the loop's clock; any thread."""
-        found = self.abandoned
-        return None if found is None else found[0]
-
-    @property
     def abandoned(self) -> tuple[float, int] | None:
-        """That, and on which thread the first of them is; any thread."""
+        """Since when there has been one of these, on the loop's clock, and its thread.
+
+        Any thread may ask.
+        """
         job = self._threads.oldest_deserted
         if job is None or job.deserted_at is None:
             return None

@@ -183,16 +183,13 @@ class SyncThreads:
                 self._note_deserted_ended()
                 continue
             if job.by_caller:
-                self._measure(job.took_s)
+                self.times.add(job.took_s)
             if job.future.done():  # cancelled, and who waits has not noticed yet
                 continue
             if job.error is not None:
                 job.future.set_exception(job.error)
             else:
                 job.future.set_result(job.result)
-
-    def _measure(self, took_s: float) -> None:
-        self.times.add(took_s)
 
     def _count_deserted(self) -> None:
         self.deserted = len(self._deserted)
