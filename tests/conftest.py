@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from tests.utils import (
     child_processes,
     leftover_processes,
     leftover_threads,
+    write_certificate,
 )
 
 
@@ -28,3 +30,9 @@ def no_leftovers() -> Iterator[None]:
     yield
     assert leftover_threads() == []
     assert leftover_processes(known) == []
+
+
+@pytest.fixture(params=["http", "https"])
+def certificate(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
+    """Give a file with certificate and key, or None: a test with and without TLS."""
+    return None if request.param == "http" else write_certificate(tmp_path)

@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import websockets
-from distributed import Security
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.responses import StreamingResponse
 from websockets.exceptions import ConnectionClosed
@@ -34,7 +33,7 @@ from tests.test_http import (
     spare,
     start,
 )
-from tests.utils import free_port
+from tests.utils import free_port, write_certificate
 
 __all__ = ["gate", "notes", "spare", "start"]  # fixtures
 
@@ -224,10 +223,7 @@ def test_prefix_with_other_characters(
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
-    temporary = Security.temporary()
-    path = tmp_path / "both.pem"
-    path.write_text(temporary.tls_client_cert + temporary.tls_client_key)
-    return path
+    return write_certificate(tmp_path)
 
 
 def test_https_at_nginx(

@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 
 import fastapi_offline
 import pytest
-from distributed import Security
 from fastapi import Body, FastAPI, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
@@ -23,7 +22,7 @@ from starlette.staticfiles import StaticFiles
 import daskserve as serve
 from tests.fronts import SAY, run_jupyter, run_nginx
 from tests.test_http import Site, spare, start
-from tests.utils import need_program, poll, run_uvicorn
+from tests.utils import need_program, poll, run_uvicorn, write_certificate
 
 __all__ = ["spare", "start"]  # fixtures
 
@@ -70,9 +69,7 @@ class Sums: ...
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
     """Give a browser that finds this machine where the CDN would be."""
     directory = tmp_path_factory.mktemp("browser")
-    temporary = Security.temporary()
-    certificate = directory / "both.pem"
-    certificate.write_text(temporary.tls_client_cert + temporary.tls_client_key)
+    certificate = write_certificate(directory)
     files = Mount("/npm/swagger-ui-dist@5", StaticFiles(directory=STATIC))
     cdn = Starlette(routes=[files])
     with run_uvicorn(cdn, ssl_certfile=certificate, ssl_keyfile=certificate) as url:

@@ -18,14 +18,13 @@ from typing import Any
 
 import pytest
 import uvicorn
-from distributed import Security
 
 from daskserve.config import HTTPOptions
 from daskserve.proxy.guard import FREE_FILES, Guard
 from daskserve.proxy.server import _Server
 from daskserve.proxy.websocket_protocol import WebSocketProtocol
 from daskserve.transport.files import missing_files, open_files
-from tests.utils import poll
+from tests.utils import poll, write_certificate
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 STALL_S = 0.6
@@ -72,17 +71,6 @@ def connect(port: int, certificate: Path | None = None) -> socket.socket:
         context.check_hostname = False
         return context.wrap_socket(sock)
     return sock
-
-
-@pytest.fixture(params=["http", "https"])
-def certificate(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
-    """Give a file with certificate and key, or None."""
-    if request.param == "http":
-        return None
-    security = Security.temporary()
-    path = tmp_path / "pem"
-    path.write_text(security.tls_client_cert + security.tls_client_key)
-    return path
 
 
 def ask(
@@ -563,10 +551,7 @@ def test_malformed_handshake_is_not_held(certificate: Path | None) -> None:
 
 @pytest.fixture
 def pem(tmp_path: Path) -> Path:
-    temporary = Security.temporary()
-    path = tmp_path / "cert.pem"
-    path.write_text(temporary.tls_worker_key + temporary.tls_worker_cert)
-    return path
+    return write_certificate(tmp_path)
 
 
 def get_encrypted(port: int) -> bytes:

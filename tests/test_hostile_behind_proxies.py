@@ -12,7 +12,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from distributed import Security
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -32,17 +31,6 @@ from tests.test_http import (
 __all__ = ["spare", "start"]  # fixtures
 
 pytestmark = pytest.mark.long
-
-
-@pytest.fixture(params=["http", "https"])
-def certificate(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
-    """Give a file with certificate and key, or None."""
-    if request.param == "http":
-        return None
-    security = Security.temporary()
-    path = tmp_path / "pem"
-    path.write_text(security.tls_client_cert + security.tls_client_key)
-    return path
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "middlewares"])

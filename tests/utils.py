@@ -348,6 +348,14 @@ def _write_certificates(directory: Path) -> Security:
     )
 
 
+def write_certificate(directory: Path) -> Path:
+    """Write a certificate, which is its own CA, and its key to one file; return it."""
+    temporary = Security.temporary()
+    path = directory / "both.pem"
+    path.write_text(temporary.tls_client_cert + temporary.tls_client_key)
+    return path
+
+
 def run_script(
     text: str,
     *,
