@@ -18,14 +18,11 @@ from tests.test_guard import (
     HANDSHAKE,
     LAST,
     ask,
-    certificate,
     connect,
     run,
     tell,
 )
 from tests.utils import poll
-
-__all__ = ["certificate"]  # a fixture
 
 MIB = 2**20
 TEXT, BINARY, CONTINUE, CLOSE, PING, PONG = 0x81, 0x82, 0x80, 0x88, 0x89, 0x8A
