@@ -357,6 +357,7 @@ def test_small_chunks_are_no_overhead(certificate: Path | None) -> None:
     assert answer.count(b"x" * 5_000 + b"y") == 2
 
 
+@pytest.mark.long
 def test_an_error_behind_an_answer_gets_none_itself(certificate: Path | None) -> None:
     with run(refuse, certificate) as (_, port), connect(port, certificate) as sock:
         sock.sendall(CHUNKED)
@@ -504,6 +505,40 @@ def test_handshake_may_be_as_large_as_any_head(
     got = [(name.title(), value) for name, value in scope["headers"][-len(sent) :]]
     assert [(name.title(), value) for name, value in sent] == got
     assert (scope["path"], scope["http_version"]) == ("/ws", "1.1")
+
+
+SPOILED = {
+    "no HTTP": (400, b"nonsense\r\n\r\n"),
+    "head": (400, b"GET /x HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"),
+    "too long": (431, b"GET /x HTTP/1.1\r\nA: " + b"x" * 70_000 + b"\r\n\r\n"),
+    "chunk": (400, CHUNKED + b"zz\r\n"),
+    "handshake": (400, HANDSHAKE + b"Content-Length: 4\r\n\r\nabcd"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+@pytest.mark.parametrize("count", [1, 3])
+def test_nonsense_behind_requests_waits_for_their_answers(
+    certificate: Path | None, what: str, count: int
+) -> None:
+    status, nonsense = SPOILED[what]
+    app = Socket()
+    statuses, answer = list[int](), b""
+    with run(app, certificate) as (guard, port):
+        with connect(port, certificate) as sock:
+            sock.sendall(REQUEST * count + nonsense)
+            poll(lambda: app.scopes)
+            sock.settimeout(0.1)
+            with pytest.raises(TimeoutError):
+                sock.recv(1)
+            sock.settimeout(10)
+            app.gate.set()
+            while len(statuses) <= count and (part := sock.recv(65536)):
+                answer += part
+                statuses = [int(s) for s in re.findall(rb"HTTP/1.1 (\d+) ", answer)]
+        poll(lambda: not guard.connections)
+    assert statuses == [200] * count + [status]
+    assert len(app.scopes) == count
 
 
 MALFORMED = {

@@ -182,8 +182,10 @@ class GuardedProtocol(HttpProtocol):
         self._rest: memoryview | None = None
         #: Size of the read in which the head began: no less than its part of it.
         self._first_bytes = 0
-        #: A WebSocket's handshake waits until the requests before it are answered.
+        #: A WebSocket's handshake, or the refusal of what cannot be understood, waits
+        #: until the requests before it are answered; nothing is read meanwhile.
         self._handshake_waits = False
+        self._refusal: tuple[HTTPStatus, str] | None = None
         #: Since when, and from which size on, a response waits to be taken.
         self._unsent: tuple[float, int] | None = None
         self._linger_until: float | None = None
@@ -212,7 +214,7 @@ class GuardedProtocol(HttpProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what the client sent."""
-        if self._linger_until is not None or self._handshake_waits:
+        if self._refusal or self._linger_until is not None or self._handshake_waits:
             return
         self._data = data
         self._overhead += len(data)
@@ -225,7 +227,8 @@ class GuardedProtocol(HttpProtocol):
         # may stand before it, many of them.
         if self._overhead > self._guard.max_header_bytes:
             if self._linger_until is None and not self.transport.is_closing():
-                self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+                if self._refusal is None:
+                    self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
         elif self._overhead < 0:
             self._overhead = 0
 
@@ -273,6 +276,8 @@ class GuardedProtocol(HttpProtocol):
                 if not self.flow.write_paused:  # what waits will grow
                     self._unsent = None
                 self._start_asgi_task(*self.pipeline.pop())
+            elif self._refusal is not None:
+                return self._write_refusal(*self._refusal)
             elif self._handshake_waits:
                 self._handshake_waits = False
                 return self.handle_websocket_upgrade()
@@ -304,7 +309,7 @@ class GuardedProtocol(HttpProtocol):
         self._unsent = None
 
     def send_400_response(self, msg: str) -> None:
-        """Answer a request that cannot be understood, in place of any other answer."""
+        """Answer what cannot be understood, after all that came before it."""
         answered = self._in_body and not self._pending and not self._responding()
         self._pending = False
         status, text = self._verdict or (HTTPStatus.BAD_REQUEST, msg)
@@ -315,11 +320,17 @@ class GuardedProtocol(HttpProtocol):
         logger.info("Refused a request from %s: %d, %s", self._peer, status, why)
         if answered:  # another answer would be taken for that of the next request
             self.linger()
-        elif self.pipeline or (self._responding() and self.cycle.response_started):
-            self.transport.abort()  # it would be read as a part of another response
-        else:
+        elif not self._responding():
             self._write_refusal(status, text)
-        if self._responding():
+        elif not self._in_body or self.pipeline:
+            self._refusal, self._head_since = (status, text), None
+            if self._in_body:
+                self.pipeline.popleft()  # it was to wait for its turn
+        else:
+            if self.cycle.response_started:
+                self.transport.abort()  # it would be read as a part of the response
+            else:
+                self._write_refusal(status, text)
             self.cycle.disconnected = True  # nothing that the app says is sent any more
             self.cycle.message_event.set()
 
