@@ -222,3 +222,43 @@ def test_message_of_many_steps_is_whole(certificate: Path | None) -> None:
         poll(lambda: app.sizes == sizes)
         sock.sendall(frame(CLOSE, (1000).to_bytes(2, "big")))
         assert read_close(sock) == 1000
+
+
+class Talkative:
+    """An app that accepts, sends all the time, and says how that ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[BaseException] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        try:
+            while True:
+                await send({"type": "websocket.send", "text": "x"})
+                await asyncio.sleep(0.01)
+        except BaseException as err:
+            self.ends.append(err)
+            raise
+
+
+@pytest.mark.parametrize(
+    ("code", "data"),
+    [
+        (1007, frame(TEXT, b"\xff\xfe")),
+        (1007, frame(TEXT - MORE, b"\xc3") + frame(CONTINUE, b"\x28")),
+        (1002, frame(0x83, b"of an unknown kind")),
+        (1002, frame(CONTINUE, b"of nothing")),
+        (1002, b"\x82\x05naked"),
+    ],
+)
+def test_nonsense_ends_with_a_code_and_no_traceback(
+    certificate: Path | None, code: int, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = Talkative()
+    with run(app, certificate) as (_, port), open_socket(port, certificate) as sock:
+        sock.sendall(data)
+        assert read_close(sock) == code
+        poll(lambda: app.ends)
+    assert isinstance(app.ends[0], OSError)  # as when a client has gone
+    assert "Traceback" not in caplog.text

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import (
     WebSocketsSansIOProtocol,
 )
@@ -43,6 +44,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     _rest = memoryview(b"")
     _turn: asyncio.Handle | None = None
     _fragments = 0
+    #: It was closed here, not by the app, which need not know yet.
+    _gave_up = False
     #: The answer to the newest ping, if the client does not take what is sent to it.
     _pong = b""
 
@@ -106,6 +109,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     async def send(self, message: Any) -> None:
         """ASGI ``send``."""
+        if self._gave_up:
+            raise ClientDisconnected
         await super().send(message)
         if (
             self._rest and not self.read_paused
@@ -159,14 +164,25 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if pong and not self.close_sent:
             self.transport.write(pong)
 
+    def send_receive_event_to_app(self) -> None:
+        """Hand on a message; uvicorn's prints a traceback for one that is no UTF-8."""
+        if self.curr_msg_data_type == "text" and not _is_utf8(self.frames):
+            self.frames = []
+            self.conn.fail(1007, "no UTF-8")
+            self.handle_parser_exception()
+            return
+        super().send_receive_event_to_app()
+
     def handle_parser_exception(self) -> None:
         """Close, in a while by force."""
+        self._gave_up = True
         super().handle_parser_exception()
         self._abort_soon()
 
     def keepalive_timeout(self) -> None:
         """Close, in a while by force."""
         super().keepalive_timeout()
+        self._gave_up = self.close_sent
         self._abort_soon()
 
     async def run_asgi(self) -> None:
@@ -188,3 +204,14 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             # After `close_timeout`, uvicorn stops waiting for the client's goodbye.
             delay = (self.close_timeout if self.close_timer else 0) + GOODBYE_S
             self._deadline = self.loop.call_later(delay, self.transport.abort)
+
+
+def _is_utf8(parts: list[bytes]) -> bool:
+    data = parts[0] if len(parts) == 1 else b"".join(parts)
+    if data.isascii():
+        return True
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
