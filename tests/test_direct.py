@@ -179,6 +179,29 @@ def test_strangers_get_nowhere(what: str) -> None:
     run(test)
 
 
+@pytest.mark.parametrize("nonsense", [5, (), (CALL,), {"op": CALL}])
+def test_a_caller_that_talks_nonsense_ends_alone(nonsense: Any) -> None:
+    def answer(replica: StandIn, reply_to: Any, message: Message) -> None:
+        reply_to.send((RESULT, message[1], message[3]))
+
+    async def test(replica: Replica) -> None:
+        replica.answer = answer
+        address = await replica.listen()
+        good = await open_channel(address)
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        writer.write(msgpack.packb((address.secret, "odd")))
+        assert await reader.read(100)
+        writer.write(msgpack.packb(nonsense))
+        await read_all(reader)  # until it is closed
+        writer.close()
+        exchange = good.open()
+        good.send((CALL, exchange.exchange_id, 1, "still"))
+        assert await exchange.next() == (RESULT, exchange.exchange_id, "still")
+        good.close("done")
+
+    run(test)
+
+
 def test_strangers_get_no_memory(caplog: pytest.LogCaptureFixture) -> None:
     """Of some versions of msgpack, 5 bytes that announce a tuple take its room."""
 

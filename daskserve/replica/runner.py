@@ -407,7 +407,7 @@ class Runner:
             elif op == CANCEL:
                 self._cancel((reply_to, message[1]))
             elif op == WANT:
-                self._intake.want(reply_to, message[3])
+                self._intake.want(reply_to, int(message[3]))
             elif op == DECLINE:
                 self._intake.decline(reply_to)
             elif op == FOLLOW and self._sessions is not None:

@@ -167,11 +167,10 @@ class _Pipe(asyncio.BufferedProtocol):
             return
         try:
             batch = self._unpack(self._scratch[:nbytes])
+            if batch:
+                self.deliver(batch)
         except Exception:
             self.cannot_read()
-            return
-        if batch:
-            self.deliver(batch)
 
     def pause_writing(self) -> None:
         """Keep what is queued: small messages can pass bulk there."""
