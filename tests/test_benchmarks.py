@@ -40,6 +40,7 @@ def run(tmp_path: Path, pattern: str, seconds: float) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_requests(tmp_path: Path) -> None:
     (row,) = run(tmp_path, "starlette/every-2/c=10$", 1).values()
     assert 0 < row["medians"]["req/s"]["ratio"]

@@ -123,6 +123,7 @@ def test_demo_to_ctrl_c(tmp_path: Path) -> None:
         check_ended(process)
 
 
+@pytest.mark.long
 def test_demo_to_sigterm(tmp_path: Path) -> None:
     port = free_port()
     with run_demo(tmp_path, "--port", str(port), "--workers", "1") as process:

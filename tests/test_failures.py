@@ -148,6 +148,7 @@ class Short:
 # Workers that die.
 
 
+@pytest.mark.long
 def test_killed_worker_and_requests_that_can_be_repeated() -> None:
     with open_site(4) as site:
         others = sorted(set(processes(site)) - {site.near})
@@ -252,6 +253,7 @@ def count_actors(dask_scheduler: distributed.Scheduler) -> int:
     return sum(task.actor for task in dask_scheduler.tasks.values())
 
 
+@pytest.mark.long
 def test_client_restart() -> None:
     class Tag:
         def __call__(self) -> str:
@@ -294,6 +296,7 @@ def test_client_restart() -> None:
             assert set(storm.statuses) == {200}
 
 
+@pytest.mark.long
 def test_worker_gone_for_good() -> None:
     with open_site(1) as site:
         magic = ("--resources", "MAGIC=1")
@@ -323,6 +326,7 @@ def test_worker_gone_for_good() -> None:
         poll(lambda: status().state == "HEALTHY", 10)
 
 
+@pytest.mark.long
 def test_stopped_worker() -> None:
     """A worker that is there and does not answer: SIGSTOP, then SIGCONT."""
     with open_site(3) as site:
@@ -380,6 +384,7 @@ def test_exit_in_a_handler() -> None:
 
 @near_and_far
 @pytest.mark.parametrize("kind", ["async", "sync"])
+@pytest.mark.long
 def test_blocking_handler_stalls_no_neighbour(
     site: Site, where: str, kind: str, notes: Notes
 ) -> None:
@@ -704,6 +709,7 @@ def test_actor_that_somebody_cancels(site: Site) -> None:
 
 
 @near_and_far
+@pytest.mark.long
 def test_all_places_come_back_after_a_storm(site: Site, where: str) -> None:
     class Two:
         def __init__(self) -> None:
@@ -816,6 +822,7 @@ def test_all_places_come_back_after_handle_calls(site: Site, where: str) -> None
 
 @near_and_far
 @pytest.mark.parametrize("by", ["http", "handle"])
+@pytest.mark.long
 def test_requests_that_end_before_they_begin_hold_no_place(
     site: Site, where: str, by: str, notes: Notes
 ) -> None:

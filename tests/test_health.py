@@ -792,6 +792,7 @@ def site() -> Iterator[Site]:
         yield site
 
 
+@pytest.mark.long
 def test_ill_blocked_and_stopped_workers(site: Site) -> None:
     with ThreadPoolExecutor(8) as pool:
         others = sorted(set(processes(site)) - {site.near})

@@ -174,6 +174,7 @@ def test_every_node(net: Net) -> None:
                 assert page in hosts_of()
 
 
+@pytest.mark.long
 def test_cable_out_and_in_again(net: Net) -> None:
     """For longer than a peer may be silent, but not so long that Dask gives it up."""
     with started(host="0.0.0.0") as instance:
@@ -216,6 +217,7 @@ def test_cable_out_and_in_again(net: Net) -> None:
         poll(lambda: net.a.address in net.direct()[net.c.address][0][1], 5)
 
 
+@pytest.mark.long
 def test_host_lost_for_good(net: Net) -> None:
     """Its replica is replaced; when the cable is in again, nothing of it is left."""
     with started(host="0.0.0.0") as instance:

@@ -604,6 +604,7 @@ def test_job_with_an_end() -> None:
         assert serve.status().proxies[0].worker != old.worker
 
 
+@pytest.mark.long
 def test_lifetimes_of_all_workers_at_once() -> None:
     args = ["--lifetime", "2500ms", "--lifetime-restart"]
     with ProcessCluster(2, worker_args=args) as cluster, cluster.client() as client:

@@ -67,6 +67,7 @@ def test_a_first_request_that_is_refused_may_be_sent_to_its_end(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+@pytest.mark.long
 def test_who_sends_for_ever_is_cut(
     start: Callable[..., Site], tmp_path: Path, tls: bool
 ) -> None:

@@ -360,7 +360,7 @@ def test_tls_keeps_other_users_out() -> None:
     """
     printed = run_script(script).stdout
     assert "served\n" in printed
-    assert printed.count("kept out\n") == 4
+    assert printed.count("kept out") == 4
 
 
 def test_plain_http_beyond_the_host_of_a_cluster_without(

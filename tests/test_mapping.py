@@ -42,6 +42,7 @@ class Model:
         raise OSError("bad block")
 
 
+@pytest.mark.long
 def test_a_bag_uses_every_replica(site: Site) -> None:
     model = site.deploy(Model, num_replicas=3)
     bag = db.from_sequence(range(3000), npartitions=1000)

@@ -174,6 +174,7 @@ def test_limit_counts_over_all_proxies(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_proxies_get_their_share_of_a_replica(three_proxies: Site) -> None:
     async def work() -> str:
         await asyncio.sleep(0.005)

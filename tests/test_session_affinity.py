@@ -247,6 +247,7 @@ def test_a_session_that_a_websocket_begins(site: Site) -> None:
         assert said["known"]
 
 
+@pytest.mark.long
 def test_replicas_come_and_die(site: Site) -> None:
     deployment = deploy(site, header="x-sid")
     url = site.at(deployment)
@@ -360,6 +361,7 @@ def test_it_can_be_changed(site: Site) -> None:
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.long
 def test_another_proxy_finds_a_session() -> None:
     # On one port no client knows which of them it has; each gets its own with port 0.
     with open_site(3, location="EveryNode") as site:

@@ -55,6 +55,7 @@ def with_state(state: Path, **kwargs: Any) -> ProcessCluster:
     return ProcessCluster(scheduler_args=args, **kwargs)
 
 
+@pytest.mark.long
 def test_all_of_20_deployments_answer_again(state: Path) -> None:
     port = free_port()
     with with_state(state, nanny=[False, True]) as cluster:

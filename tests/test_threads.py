@@ -93,6 +93,7 @@ def seconds_for(handle: Any, number: int) -> float:
     return time.monotonic() - began
 
 
+@pytest.mark.long
 def test_code_that_waits_scales_with_threads(site: Site) -> None:
     one = site.deploy(Reads, where="far").get_handle()
     eight = site.deploy(Reads, where="far", threads=8).get_handle()
@@ -149,6 +150,7 @@ class Sleeps:
         return "awake"
 
 
+@pytest.mark.long
 def test_replica_in_a_call_that_nobody_waits_for(site: Site) -> None:
     """It is named soon, and replaced when that takes too long; the check is far off."""
     deployment = site.deploy(
