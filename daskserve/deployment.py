@@ -306,10 +306,13 @@ class Deployment:
         name = options.name
         init = (options.init_args, options.init_kwargs)
         user_config = options.user_config
+        code = self._code()
+        if code is not self._target:
+            pickling.check_code(code, self._target, what=f"deployment {name!r}")
         return Spec(
             name=name,
             version=options.version,
-            code=self._code(),
+            code=code,
             init=pickling.dumps(
                 init, what=f"the init_args of {name!r}", pickler=pickler
             ),

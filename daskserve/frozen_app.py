@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copyreg
 import dataclasses
-import functools
 import inspect
 import io
 import sys
@@ -23,6 +22,8 @@ from starlette.routing import BaseRoute, Route, Router, WebSocketRoute
 from starlette.types import ASGIApp
 
 from daskserve.class_routes import Binding, ClassRoutes
+from daskserve.culprits import describe, unloadable
+from daskserve.exceptions import PicklingError
 from daskserve.pickling import Pickler, dumps, loads
 
 
@@ -98,7 +99,12 @@ def freeze(app: ASGIApp, cls: type, *, what: str) -> FrozenApp:
     # The methods are the class's: whether they travel is seen when it does.
     plain = [part for part in frozen.parts if not freezer.is_of_class(part)]
     dumps(plain, what=what, within=app)
-    frozen.load()
+    try:
+        frozen.load()
+    except Exception as err:
+        where = describe(freezer.find_unloadable(app, frozen), app)
+        text = f"{what} does not travel: {where}{where and ': '}{err}"
+        raise PicklingError(text) from (err.__cause__ or err)
     return frozen
 
 
@@ -139,8 +145,7 @@ class _Freezer:
         )
 
     def freeze(self, app: ASGIApp, *, what: str) -> FrozenApp:
-        make = functools.partial(_AppPickler, freezer=self)
-        data = dumps((app, self._own), what=what, pickler=make, within=app)
+        data = dumps((app, self._own), what=what, pickler=self._pickler, within=app)
         for route, _ in self._own:
             self._routes.check_dependencies(route)
         names = {
@@ -151,6 +156,14 @@ class _Freezer:
         }
         touched = bool(self._own) or self._dropped
         return FrozenApp(data, tuple(self._parts), frozenset(names), touched)
+
+    def find_unloadable(self, app: ASGIApp, frozen: FrozenApp) -> list[object]:
+        """Return what is around the part of an app that cannot be loaded again."""
+        maker = self._pickler(io.BytesIO())
+        return unloadable((app, self._own), maker, frozen.data, frozen.parts)
+
+    def _pickler(self, file: io.BytesIO) -> Pickler:
+        return _AppPickler(file, self)
 
     def part_id(self, obj: Any) -> int | None:
         """Return the number of an object that stays out of the app's pickle."""
@@ -213,13 +226,11 @@ class _AppPickler(Pickler):
         return self._freezer.part_id(obj)
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, Router):
-            self.last = obj
+        if issubclass(type(obj), Router):
             return _reduce(obj, routes=self._freezer.keep(obj.routes))
-        if isinstance(obj, BaseRoute) and dataclasses.is_dataclass(type(obj)):
+        if issubclass(type(obj), BaseRoute) and dataclasses.is_dataclass(type(obj)):
             # FastAPI's included router: what it has derived from its router's routes
             # is out of date once these are bound.
-            self.last = obj
             return _reduce(obj, **_defaults(obj))
         return super().reducer_override(obj)
 

@@ -7,34 +7,26 @@ from __future__ import annotations
 
 import contextlib
 import copyreg
-import functools
 import io
 import pickle
-import symtable
+import pickletools
 import sys
-import threading
-from collections import deque
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from operator import attrgetter
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType
 from typing import Any
 
 import cloudpickle
 from starlette.datastructures import State
 
+from daskserve.annotations import names_in_annotations
+from daskserve.culprits import LARGE_CODE_BYTES, describe, failing, largest
 from daskserve.exceptions import PicklingError
+from daskserve.reducers import reduce_by_value
 
 _PROTOCOL = 5
-#: Set in code that was compiled with ``from __future__ import annotations``.
-_FUTURE_ANNOTATIONS = 0x1000000
 #: What cloudpickle writes in place of a file's name.
 _DYNAMIC_CODE = "<dynamic-code>"
-_LOCK_FACTORIES: dict[type, Callable[[], object]] = {
-    type(threading.Lock()): threading.Lock,
-    type(threading.RLock()): threading.RLock,
-}
-#: How many objects are looked at to find the way to one that cannot be pickled.
-_MAX_SEARCHED = 50_000
 _SCALARS = frozenset({type(None), bool, int, float, complex, str})
 _KEYS = _SCALARS | {bytes}
 #: From this size on `bytes` are not plain: there is a better way for them.
@@ -57,9 +49,6 @@ class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc, unused-ignore]
         Takes buffers that are to stay out; see `pickle.Pickler`.
     """
 
-    #: The object that was about to be pickled last: the culprit when it fails.
-    last: object = None
-
     def __init__(
         self,
         file: io.BytesIO,
@@ -69,24 +58,23 @@ class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc, unused-ignore]
 
     def reducer_override(self, obj: Any) -> Any:
         """Reduce what pickle and cloudpickle cannot, or not so that it loads."""
-        self.last = obj
-        if isinstance(obj, State):
+        kind = type(obj)  # not `isinstance`: there are objects whose __class__ raises
+        blank = (kind,)
+        if issubclass(kind, State):
             # Its __getattr__ recurses for ever on an instance without its __dict__,
             # which is what pickle asks for __setstate__.
-            blank = (type(obj),)
             return copyreg.__newobj__, blank, vars(obj), None, None, _fill  # type: ignore[attr-defined]
         if obj is _unset():
             return "_Unset"  # by name: FastAPI asks whether a default is this object
-        if type(obj).__module__ == "pydantic._internal._mock_val_ser":
+        if kind.__module__ == "pydantic._internal._mock_val_ser":
             # So do these, before pydantic 2.14: they stand for what an annotation
             # that cannot be evaluated yet will give.
-            blank = (type(obj),)
             return copyreg.__newobj__, blank, _slots(obj), None, None, _set  # type: ignore[attr-defined]
-        if (reduce := getattr(type(obj), "__daskserve_reduce__", None)) is not None:
+        if (reduce := getattr(kind, "__daskserve_reduce__", None)) is not None:
             return reduce(obj)
-        if make_lock := _LOCK_FACTORIES.get(type(obj)):
-            return make_lock, ()
-        if isinstance(obj, CodeType):
+        if (reduced := reduce_by_value(obj)) is not NotImplemented:
+            return reduced
+        if kind is CodeType:
             make, args = self.dispatch_table[CodeType](obj)
             # From 3.1.3 on cloudpickle leaves the file's name out, and without it
             # tracebacks from replicas have no source lines.
@@ -95,44 +83,16 @@ class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc, unused-ignore]
                 names.get(arg, arg) if isinstance(arg, str) else arg for arg in args
             )
         reduced = super().reducer_override(obj)
-        if isinstance(obj, FunctionType) and isinstance(reduced, tuple):
+        if kind is FunctionType and isinstance(reduced, tuple):
             # cloudpickle takes the globals along that the code names; FastAPI also
             # evaluates annotations, which may be strings.
             _, slots = reduced[2]
             slots["__globals__"] |= {
                 name: obj.__globals__[name]
-                for name in _names_in_annotations(obj)
+                for name in names_in_annotations(obj)
                 if name in obj.__globals__
             }
         return reduced
-
-
-def _names_in_annotations(function: FunctionType) -> Iterator[str]:
-    annotations = [*function.__annotations__.values()]
-    if function.__code__.co_flags & _FUTURE_ANNOTATIONS:
-        annotations += _inner_annotations(function.__code__)
-    for annotation in annotations:
-        if isinstance(annotation, str):
-            with contextlib.suppress(SyntaxError):
-                # Not by `ast`, which fails in threads side by side (before 3.11.8).
-                table = symtable.symtable(annotation, "annotation", "eval")
-                yield from table.get_identifiers()
-
-
-def _inner_annotations(code: CodeType) -> Iterator[str]:
-    """Yield the string annotations of functions and classes defined in `code`.
-
-    The compiler leaves those of a function as one tuple of names and strings, and those
-    of a class as strings in the code of its body.
-    """
-    in_class_body = "__annotations__" in code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _inner_annotations(constant)
-        elif isinstance(constant, tuple):
-            yield from (part for part in constant if isinstance(part, str))
-        elif in_class_body and isinstance(constant, str):
-            yield constant
 
 
 def _unset() -> object:
@@ -224,9 +184,73 @@ def dump(
             maker.dump(obj)
         except Exception as err:
             root = obj if within is None else within
-            text = f"{what} cannot be pickled: {_describe(maker.last, root)}{err}"
+            where = describe(failing(obj, pickler(io.BytesIO())), root)
+            text = f"{what} cannot be pickled: {where}{where and ': '}{err}"
             raise PicklingError(text) from err
         return file.getvalue()
+
+
+def check_code(data: bytes, obj: object, *, what: str) -> None:
+    """Look at user code that was pickled for what shows in a replica only.
+
+    Parameters
+    ----------
+    data
+        What `dumps` made of it.
+    obj
+        The class or function.
+    what
+        How errors name it.
+
+    Raises
+    ------
+    PicklingError
+        It has a part that would be looked for by its name in ``__main__``, which is
+        another module in a replica.
+
+    Warns
+    -----
+    UserWarning
+        It is larger than 1 MiB: a global that it uses is, most of the time.
+    """
+    for module, name in names_in(data):
+        if module == "__main__":
+            text = (
+                f"{what} cannot be pickled: {name!r} of __main__ would be looked for "
+                "by this name in a replica, whose __main__ is another module. Make it "
+                "in the constructor, or in a module that workers can import."
+            )
+            raise PicklingError(text)
+    if len(data) > LARGE_CODE_BYTES:
+        inside, size = largest(obj, Pickler(io.BytesIO()))
+        where = describe(inside, obj) or "no part of it stands out"
+        text = (
+            f"The code of {what} is {len(data) / 2**20:.1f} MiB large: {where}, of "
+            f"{size / 2**20:.1f} MiB. It is sent to each replica, and kept with each "
+            "version. Load it in the constructor, or bind it as an argument."
+        )
+        warnings.warn(text, stacklevel=2)
+
+
+def names_in(data: bytes) -> Iterator[tuple[str, str]]:
+    """Yield the module and the name of all that a pickle takes by its name."""
+    pushed: list[str] = ["", ""]
+    memo: list[str] = []
+    last = ""
+    argument: Any
+    for step, argument, _ in pickletools.genops(data):
+        if step.name == "MEMOIZE":
+            memo.append(last)
+        elif step.name == "STACK_GLOBAL":
+            last = ""
+            yield pushed[0], pushed[1]
+        else:
+            last = ""
+            if step.name in ("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"):
+                last = argument
+            elif step.name in ("BINGET", "LONG_BINGET"):
+                last = memo[argument]
+            pushed = [pushed[1], last]
 
 
 def dumps_plain(obj: object) -> bytes | None:
@@ -275,7 +299,8 @@ def loads(
     Raises
     ------
     PicklingError
-        A module, or a name in one, is missing in this process.
+        A module, or a name in one, is missing in this process; or what makes a part of
+        the object raises.
 
     Examples
     --------
@@ -294,6 +319,14 @@ def loads(
             "importable here in the same version: install them on the workers, send "
             "one file with client.upload_file(...), or call "
             "cloudpickle.register_pickle_by_value(module) before deploying."
+        ) from err
+    except pickle.UnpicklingError:
+        raise
+    except Exception as err:
+        raise PicklingError(
+            f"What was pickled cannot be loaded: {type(err).__name__}: {err}. A part "
+            "of it does not travel: make it where it is used, in a constructor or a "
+            "function."
         ) from err
 
 
@@ -337,114 +370,3 @@ def is_plain(obj: object, depth: int = _MAX_PLAIN_DEPTH) -> bool:
     return _SCALARS.issuperset(map(type, items)) or all(
         is_plain(item, depth - 1) for item in items
     )
-
-
-def is_importable(obj: Any) -> bool:
-    """Whether a function or class can be found again by module and name.
-
-    Parameters
-    ----------
-    obj
-        A function or class.
-
-    Returns
-    -------
-    bool
-        False in ``__main__``, whose names mean something else elsewhere.
-    """
-    module = sys.modules.get(getattr(obj, "__module__", None) or "")
-    if module is None or module.__name__ == "__main__":
-        return False
-    try:
-        return attrgetter(obj.__qualname__)(module) is obj
-    except AttributeError:
-        return False
-
-
-def _describe(culprit: object, root: object) -> str:
-    """Say where ``culprit`` is in ``root`` and what it is, or nothing."""
-    if culprit is None or culprit is root:
-        return ""
-    kind = f"{type(culprit).__module__}.{type(culprit).__qualname__}"
-    path = _find(culprit, root)
-    return f"{path} is a {kind} object: " if path else f"a {kind} object is in it: "
-
-
-def _find(target: object, root: object) -> str | None:
-    """Return the shortest way from ``root`` to ``target`` as text."""
-    start = getattr(root, "__qualname__", type(root).__name__)
-    seen, queue = {id(root)}, deque([(start, root)])
-    while queue and len(seen) < _MAX_SEARCHED:
-        path, obj = queue.popleft()
-        for step, child in _children(obj):
-            if child is target:
-                return path + step
-            if id(child) not in seen:
-                seen.add(id(child))
-                queue.append((path + step, child))
-    return None
-
-
-def _children(obj: Any) -> Iterator[tuple[str, object]]:
-    """Yield what is pickled along with ``obj``, and how to get there."""
-    match obj:
-        case str() | bytes() | int() | float() | None | ModuleType():
-            return
-        case dict():
-            yield from ((f"[{key!r}]", value) for key, value in list(obj.items()))
-        case list() | tuple() | set() | frozenset():
-            for index, item in enumerate(obj):
-                # Of a list of routes, the path says more than the position.
-                path = getattr(item, "path", None)
-                yield f"[{path if isinstance(path, str) else index!r}]", item
-        case State():
-            yield from ((f".{name}", value) for name, value in obj._state.items())
-        case FunctionType():
-            if not is_importable(obj):
-                yield from _function_children(obj)
-        case MethodType():
-            yield from ((".__self__", obj.__self__), ("", obj.__func__))
-        case functools.partial():
-            yield from (("", obj.func), (".args", obj.args), ("", obj.keywords))
-        case staticmethod() | classmethod():
-            yield "", obj.__func__
-        case type():
-            if not is_importable(obj):
-                yield from ((f".{name}", value) for name, value in vars(obj).items())
-        case _:
-            yield from _attributes(obj)
-
-
-def _function_children(function: FunctionType) -> Iterator[tuple[str, object]]:
-    of = f" of {function.__name__}()"
-    code = function.__code__
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            yield f", closure variable {name!r}{of}", cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
-    for name in _global_names(code):
-        if name in function.__globals__:
-            yield f", global {name!r}{of}", function.__globals__[name]
-    for default in function.__defaults__ or ():
-        yield f", a default{of}", default
-    for name, default in (function.__kwdefaults__ or {}).items():
-        yield f", default {name!r}{of}", default
-    yield "", vars(function)
-
-
-def _global_names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _global_names(constant)
-
-
-def _attributes(obj: object) -> Iterator[tuple[str, object]]:
-    for name, value in getattr(obj, "__dict__", {}).items():
-        yield f".{name}", value
-    for klass in type(obj).__mro__:
-        slots = vars(klass).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if not name.startswith("__") and hasattr(obj, name):
-                yield f".{name}", getattr(obj, name)

@@ -10,13 +10,16 @@ import sys
 import threading
 import traceback
 from pathlib import Path
+from typing import NewType
+from weakref import WeakSet, ref
 
+import numpy as np
 import pytest
 from fastapi import APIRouter, FastAPI
 from starlette.datastructures import State
 
 from daskserve.exceptions import PicklingError
-from daskserve.pickling import dumps, is_plain, loads
+from daskserve.pickling import Pickler, check_code, dumps, is_plain, loads, names_in
 
 #: Cannot be pickled, and has a type that error texts can be searched for.
 connection = sqlite3.connect(":memory:", check_same_thread=False)
@@ -110,6 +113,294 @@ def test_names_of_string_annotations_travel(tmp_path):
     f = loads(data)
     assert f.__globals__["Decimal"].__name__ == "Decimal"
     assert "Annotated" in f.__globals__
+
+
+FUTURE = """
+from __future__ import annotations
+
+class Trap:
+    def __reduce__(self):
+        raise TypeError("a global that is not used was pickled")
+
+client = model = data = Trap()
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "answer"),
+    [
+        ("return dict(client=1, data=2)", {"client": 1, "data": 2}),
+        ("return [len(word) for word in ('client', 'data')]", [6, 4]),
+        ("return len({'model': 'client'}['model'])", 6),
+        ("return [len(odd) for odd in ('\\ud800', '\\0', 'a b')]", [1, 1, 3]),
+        ("model: str = 'data'; return model", "data"),
+        ("def g(client='data'): return client\n    return g()", "data"),
+        ("class A: model = 'client'\n    return A.model", "client"),
+    ],
+)
+def test_words_in_code_are_no_annotations(tmp_path, code, answer):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"{FUTURE}\ndef f():\n    {code}\n"
+        "import sys\nfrom daskserve.pickling import dumps\n"
+        "sys.stdout.buffer.write(dumps(f, what='f'))\n"
+    )
+    assert loads(run(script))() == answer
+
+
+def test_inner_annotations_are_evaluated_in_a_replica(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from __future__ import annotations\n"
+        "import sys, typing\n"
+        "from decimal import Decimal\n"
+        "from fractions import Fraction\n"
+        "from pathlib import Path\n"
+        "from uuid import UUID\n"
+        "from daskserve.pickling import dumps\n"
+        "def f(outside=None):\n"
+        "    def g(a: Decimal, b=('UUID', 'x'), *, c: int = 1) -> Fraction:\n"
+        "        return outside\n"
+        "    class A:\n"
+        "        path: Path = None\n"
+        "    return typing.get_type_hints(g), typing.get_type_hints(A, globals())\n"
+        "sys.stdout.buffer.write(dumps(f, what='f'))\n"
+    )
+    f = loads(run(script))
+    of_function, of_class = f()
+    assert {n: t.__name__ for n, t in of_function.items()} == {
+        "a": "Decimal",
+        "c": "int",
+        "return": "Fraction",
+    }
+    assert of_class["path"].__name__ == "Path"
+    assert "UUID" not in f.__globals__
+
+
+OF_MAIN = """
+import contextvars, dataclasses, functools, inspect, sys, threading, typing
+import pydantic, typing_extensions
+from daskserve.pickling import dumps
+
+@functools.lru_cache(maxsize=3, typed=True)
+def fibonacci(n):
+    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)
+
+@functools.cache
+def settings():
+    return {"name": "shop"}
+
+class Model:
+    @functools.lru_cache
+    def load(self, n):
+        return 2 * n
+
+    @functools.cached_property
+    def size(self):
+        return 5
+
+    @functools.singledispatchmethod
+    def tell(self, x):
+        return "object"
+
+    @tell.register
+    def _(self, x: int):
+        return "int"
+
+@functools.singledispatch
+def kind(x):
+    return "object"
+
+@kind.register
+def _(x: list):
+    return [kind(each) for each in x]
+
+@kind.register(int)
+@kind.register(bool)
+def _(x):
+    return "number"
+
+UserId = typing.NewType("UserId", int)
+P = typing.ParamSpec("P")
+T = typing.TypeVar("T", bound=int)
+Ts = typing_extensions.TypeVarTuple("Ts")
+Numbers = typing_extensions.TypeAliasType("Numbers", list[int])
+Pair = typing_extensions.TypeAliasType("Pair", tuple[T, T], type_params=(T,))
+
+def twice(f: typing.Callable[P, T]) -> typing.Callable[P, list[T]]:
+    def call(*args: P.args, **kwargs: P.kwargs) -> list[T]:
+        return [f(*args, **kwargs)] * 2
+    return call
+
+request = contextvars.ContextVar("request")
+level = contextvars.ContextVar("level", default=[3])
+own = threading.local()
+own.value = 1
+
+class Local(threading.local):
+    def __init__(self):
+        self.made = "here"
+
+local = Local()
+
+@dataclasses.dataclass
+class Order:
+    item: str
+    tags: list = dataclasses.field(default_factory=list)
+    number: int = 3
+    _: dataclasses.KW_ONLY = 0
+    extra: str = "x"
+
+def use():
+    request.set("r")
+    fields = {f.name: f for f in dataclasses.fields(Order)}
+    return dict(
+        fibonacci=(fibonacci(30), fibonacci.cache_parameters()),
+        settings=settings() is settings(),
+        method=(Model().load(4), Model().size, Model().tell(1), Model().tell("")),
+        kind=kind([1, "", [True]]),
+        new_type=(UserId(5), UserId.__name__, UserId.__supertype__ is int),
+        generic=(twice(abs)(-1), P.__name__, Ts.__name__, twice.__annotations__["f"]),
+        alias=pydantic.TypeAdapter(Numbers).validate_python(["1"]),
+        pair=pydantic.TypeAdapter(Pair[int]).validate_python(["1", 2]),
+        context=(request.get(), level.get()),
+        local=(hasattr(own, "value"), local.made),
+        missing=[fields[n].default is dataclasses.MISSING for n in ("item", "number")],
+        order=Order("pen", extra="y") == Order("pen", [], 3, extra="y"),
+        signature=inspect.signature(use).return_annotation is inspect.Signature.empty,
+    )
+
+sys.stdout.buffer.write(dumps(use, what="use"))
+"""
+
+
+def test_what_main_has_is_made_anew(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(OF_MAIN)
+    data = run(script)
+    assert ("__main__", "fibonacci") not in names_in(data)
+    found = loads(data)()
+    generic = found.pop("generic")
+    assert generic[:3] == ([1, 1], "P", "Ts")
+    assert found == {
+        "fibonacci": (832040, {"maxsize": 3, "typed": True}),
+        "settings": True,
+        "method": (8, 5, "int", "object"),
+        "kind": ["number", "object", ["number"]],
+        "new_type": (5, "UserId", True),
+        "alias": [1],
+        "pair": (1, 2),
+        "context": ("r", [3]),
+        "local": (False, "here"),
+        "missing": [True, False],
+        "order": True,
+        "signature": True,
+    }
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="the statement is of 3.12")
+def test_type_statements_of_main(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "type Numbers = list[int]\ntype Pair[T] = tuple[T, T]\n"
+        "import pydantic, sys\nfrom daskserve.pickling import dumps\n"
+        "def f():\n"
+        "    both = pydantic.TypeAdapter(tuple[Numbers, Pair[int]])\n"
+        "    return both.validate_python((['1'], ('2', 3)))\n"
+        "sys.stdout.buffer.write(dumps(f, what='f'))\n"
+    )
+    assert loads(run(script))() == ([1], (2, 3))
+
+
+def test_importable_things_go_by_name():
+    for thing in (functools.cache, cached, UserId, marker):
+        assert round_trip(thing) is thing
+    assert round_trip([marker, {"k": marker}]) == [marker, {"k": marker}]
+    own = object()
+    pair = round_trip((own, own))
+    assert pair[0] is pair[1] and pair[0] is not own
+
+
+@functools.cache
+def cached():
+    return connection
+
+
+UserId = NewType("UserId", int)
+marker = object()
+
+
+def test_names_of_main_are_refused(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "class Odd:\n    def __reduce__(self): return 'odd'\n"
+        "odd = Odd()\ndef f(): return odd\n"
+        "from daskserve.pickling import check_code, dumps\n"
+        "data = dumps(f, what='f')\n"
+        "try:\n    check_code(data, f, what='deployment 1')\n"
+        "except Exception as err:\n    print(type(err).__name__, err)\n"
+    )
+    said = run(script).decode()
+    assert said.startswith(
+        "PicklingError deployment 1 cannot be pickled: 'odd' of __main"
+    )
+    assert "constructor" in said
+
+
+def test_large_code_is_named():
+    table = np.zeros(2_000_000)
+
+    def by_closure():
+        return table
+
+    holder = Holder(deep=[{"weights": table}])
+
+    def by_attribute():
+        return holder
+
+    for function, path in [
+        (by_closure, "by_closure, closure variable 'table' of by_closure() is a numpy"),
+        (by_attribute, "of by_attribute().deep[0]['weights'] is a numpy.ndarray"),
+    ]:
+        data = dumps(function, what="it")
+        with pytest.warns(UserWarning, match="The code of it is 15.3 MiB") as caught:
+            check_code(data, function, what="it")
+        assert path in str(caught[0].message)
+        assert "15.3 MiB. It is sent" in str(caught[0].message)
+
+
+def test_code_of_ordinary_size_is_no_reason_to_warn(recwarn):
+    data = dumps(by_global, what="it", pickler=Pickler)
+    check_code(data, by_global, what="it")
+    assert not recwarn.list
+
+
+class Proxy:
+    """As werkzeug's: it answers nothing outside of a request."""
+
+    __slots__ = ("v",)
+
+    def __getattr__(self, name):
+        raise RuntimeError("outside of a request")
+
+    @property
+    def __dict__(self):
+        raise RuntimeError("outside of a request")
+
+    def __reduce__(self):
+        return Proxy, ()
+
+
+def test_looking_for_the_culprit_never_raises():
+    with pytest.raises(PicklingError, match=r"Holder.b\[0\] is a sqlite3.Connection"):
+        dumps(Holder(a=[Proxy()], b=[connection]), what="It")
+
+
+def test_the_innermost_object_that_has_a_name_is_given():
+    pool = WeakSet()
+    with pytest.raises(PicklingError, match="Holder.engine.pool") as info:
+        dumps(Holder(engine=Holder(pool=Holder(first=ref(pool)))), what="It")
+    assert "weakref" in str(info.value)
 
 
 def run(script: Path) -> bytes:
@@ -246,9 +537,10 @@ def test_missing_attribute_is_named(monkeypatch):
         loads(data)
 
 
-def test_other_errors_while_loading_are_left_alone():
-    with pytest.raises(ZeroDivisionError):
+def test_errors_while_loading_are_explained():
+    with pytest.raises(PicklingError, match="ZeroDivisionError.*constructor") as info:
         loads(dumps(Failing(), what="it"))
+    assert isinstance(info.value.__cause__, ZeroDivisionError)
     with pytest.raises(pickle.UnpicklingError):
         loads(b"not a pickle")
 
