@@ -44,6 +44,9 @@ LAYERS = [
     "transport.*",
     "packing",
     "pickling",
+    "culprits",
+    "reducers",
+    "annotations",
     "config",
     "exceptions",
 ]
