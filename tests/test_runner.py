@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import decimal
 import functools
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
@@ -307,6 +309,7 @@ class OneThread:
 
 #: What objects say when they end.
 SEEN: list[Any] = []
+
 VARIABLE: ContextVar[str] = ContextVar("variable", default="none")
 
 
@@ -749,8 +752,6 @@ def app_of(endpoint: Any, **options: Any) -> type:
 
 
 def test_an_app_gets_its_lifespan_and_prefix(replica: Make) -> None:
-    import contextlib
-
     @contextlib.asynccontextmanager
     async def lifespan(app: Any) -> Any:
         yield {"started": ["startup"]}
@@ -764,8 +765,6 @@ def test_an_app_gets_its_lifespan_and_prefix(replica: Make) -> None:
 
 
 def test_a_startup_that_fails_is_a_replica_that_fails(replica: Make) -> None:
-    import contextlib
-
     @contextlib.asynccontextmanager
     async def lifespan(app: Any) -> Any:
         raise OSError("no database")
@@ -776,6 +775,53 @@ def test_a_startup_that_fails_is_a_replica_that_fails(replica: Make) -> None:
 
     report = replica(app_of(endpoint, lifespan=lifespan)).reports[-1]
     assert report["event"] == "failed" and "no database" in report["text"]
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+@pytest.mark.parametrize("fails", ["reconfigure", "lifespan", "check_health"])
+def test_a_failed_start_is_cleaned_up(replica: Make, fails: str, how: str) -> None:
+    ENDED.clear()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Any) -> Any:
+        note("up")
+        if fails == "lifespan":
+            raise OSError("ill")
+        yield
+        note("down")
+
+    class Base:
+        def reconfigure(self, config: Any) -> None:
+            if fails == "reconfigure":
+                raise OSError("ill")
+
+        def check_health(self) -> None:
+            if fails == "check_health":
+                raise OSError("ill")
+
+    class Sync(Base):
+        def __del__(self) -> None:
+            note("gone")
+
+    class Async(Base):
+        async def __del__(self) -> None:
+            await asyncio.sleep(0)
+            note("gone")
+
+    cls = Sync if how == "sync" else Async
+    app = FastAPI(lifespan=lifespan)
+    config = pickling.dumps({}, what="it")
+    report = replica(serve.ingress(app)(cls), user_config=config).reports[-1]
+    assert report["event"] == "failed" and "ill" in report["text"]
+    # When that is known, and the next try may begin.
+    assert (
+        ENDED
+        == {
+            "reconfigure": ["gone"],
+            "lifespan": ["up", "gone"],
+            "check_health": ["up", "down", "gone"],
+        }[fails]
+    )
 
 
 def test_an_app_that_says_nothing(replica: Make) -> None:

@@ -271,6 +271,7 @@ class Runner:
     async def _initialize(self) -> None:
         self._report({"event": "initializing", "pid": os.getpid()})
         self._enter_outside()
+        failure = None
         try:
             await self._servable.construct()
             if self._stopping:
@@ -281,9 +282,13 @@ class Runner:
         except BaseException as err:
             if _was_cancelled(err):
                 return
-            text = "".join(traceback.format_exception(err))
-            logger.error("Replica %s failed to start:\n%s", self.spec.tag, text)
-            self._report({"event": "failed", "text": text})
+            failure = "".join(traceback.format_exception(err))
+        if failure is not None:
+            logger.error("Replica %s failed to start:\n%s", self.spec.tag, failure)
+            # What it has, such as a device, may be needed for the next try.
+            self._enter_outside()
+            await self._shut_down()
+            self._report({"event": "failed", "text": failure})
             return
         direct = await self._listen()
         self._intake.started()
@@ -366,15 +371,18 @@ class Runner:
         tasks = [e.task for e in left.values() if e.task is not None]
         if tasks:  # their cleanup still needs the user's object
             await asyncio.wait(tasks, timeout=CANCEL_TIMEOUT_S)
+        await self._shut_down()
+        await self.clients.close()
+        if self._listener is not None:
+            await self._listener.say_goodbye()
+        self._report({"event": "stopped"})
+
+    async def _shut_down(self) -> None:
         try:
             async with asyncio.timeout(HOOKS_TIMEOUT_S):
                 await self._servable.shutdown()
         except BaseException:
             logger.exception("Replica %s failed to shut down", self.spec.tag)
-        await self.clients.close()
-        if self._listener is not None:
-            await self._listener.say_goodbye()
-        self._report({"event": "stopped"})
 
     # Messages.
 

@@ -193,7 +193,7 @@ class Servable:
             if self._lifespan is not None:
                 await self._lifespan.shutdown()
         finally:
-            servable, self.object = self.object, None
+            servable, self.object, self.app = self.object, None, None
             for models in getattr(servable, MODELS, {}).values():
                 await models.clear()
             finalizer = getattr(type(servable), "__del__", None)
