@@ -94,6 +94,49 @@ class ClassRoutes:
                     "or call it in the endpoint."
                 )
 
+    def check_app(self, app: Any, own: list[Any]) -> None:
+        """Raise if a method is used in a way in which it would get no ``self``.
+
+        Parameters
+        ----------
+        app
+            The app.
+        own
+            The class's routes in it.
+        """
+        for use, function in _hooks(app):
+            if isinstance(function, FunctionType) and self._own.get(function) == (
+                "instance"
+            ):
+                raise TypeError(
+                    f"{function.__qualname__} cannot be {use}: it would be called "
+                    "without 'self'. Make it a function or a staticmethod."
+                )
+        endpoints = {getattr(r.endpoint, "__func__", r.endpoint) for r in own}
+        for route in own:
+            self._check_endpoint(route, endpoints)
+
+    def _check_endpoint(self, route: Any, endpoints: set[FunctionType]) -> None:
+        function = getattr(route.endpoint, "__func__", route.endpoint)
+        where = f"the endpoint of {route.path!r}"
+        if self.binding(route) == "instance" and not _takes_self(function):
+            raise TypeError(
+                f"{function.__qualname__}, {where}, takes no 'self'. Give it that, or "
+                "make it a staticmethod."
+            )
+        name = function.__name__
+        overriding = next((k for k in self._mro if name in vars(k)), None)
+        owner = _owners.get(function, lambda: None)()
+        if overriding in (None, owner) or name not in vars(owner or object):
+            return
+        there = set(_functions(vars(overriding)[name]))
+        if function in _functions(vars(owner)[name]) and not there & endpoints:
+            raise TypeError(
+                f"{overriding.__qualname__}.{name} overrides {function.__qualname__}, "
+                f"{where}, and is no endpoint: decorate it as well, or give it another "
+                "name."
+            )
+
     def has_endpoint(self, function: object) -> bool:
         """Whether this is one of the endpoints found so far."""
         return isinstance(function, FunctionType) and function in self._own
@@ -118,6 +161,35 @@ class ClassRoutes:
                 _owners[function] = weakref.ref(klass)
                 return True
         return False
+
+
+def functions_of(cls: type) -> Iterator[FunctionType]:
+    """Yield the methods of a class and of its bases, and what they wrap."""
+    for klass in cls.__mro__[:-1]:
+        for attribute in vars(klass).values():
+            yield from _functions(attribute)
+
+
+def _hooks(app: Any) -> Iterator[tuple[str, object]]:
+    """Yield what an app calls besides endpoints, and as what."""
+    for middleware in getattr(app, "user_middleware", ()):
+        yield "a middleware", getattr(middleware, "kwargs", {}).get("dispatch")
+    for handler in getattr(app, "exception_handlers", {}).values():
+        yield "an exception handler", handler
+    router = getattr(app, "router", None)
+    for hook in getattr(router, "on_startup", ()):
+        yield "a startup hook", hook
+    for hook in getattr(router, "on_shutdown", ()):
+        yield "a shutdown hook", hook
+
+
+def _takes_self(function: FunctionType) -> bool:
+    first = next(iter(inspect.signature(function).parameters.values()), None)
+    return first is not None and first.kind in (
+        first.POSITIONAL_ONLY,
+        first.POSITIONAL_OR_KEYWORD,
+        first.VAR_POSITIONAL,
+    )
 
 
 def _key(route: Any) -> tuple[object, ...]:

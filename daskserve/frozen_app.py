@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FunctionType, MethodType
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from fastapi.routing import APIRoute, APIWebSocketRoute
 from starlette.routing import BaseRoute, Route, Router, WebSocketRoute
 from starlette.types import ASGIApp
 
-from daskserve.class_routes import Binding, ClassRoutes
+from daskserve.class_routes import Binding, ClassRoutes, functions_of
 from daskserve.culprits import describe, unloadable
 from daskserve.exceptions import PicklingError
 from daskserve.pickling import Pickler, dumps, loads
@@ -56,15 +56,26 @@ class FrozenApp:
         ASGIApp
             Of the type that was frozen.
         """
+        return self.prepare(type(instance))(instance)
+
+    def prepare(self, cls: type) -> Callable[[object], ASGIApp]:
+        """Make a copy of the app; return what binds the class's routes, and returns it.
+
+        Code that came by value has the copy for the app from now on.
+        """
         app, own = self.load()
-        for route, binding in own:
-            _bind(route, binding, instance, app)
-        if self.has_class_routes and isinstance(app, FastAPI):
-            app.openapi_schema = None
-        for part in self.parts:
+        for part in (*self.parts, *functions_of(cls)):
             if isinstance(part, FunctionType) and _has_own_globals(part):
                 _point_to(app, part, self.names)
-        return app
+
+        def bind_routes(instance: object) -> ASGIApp:
+            for route, binding in own:
+                _bind(route, binding, instance, app)
+            if self.has_class_routes and isinstance(app, FastAPI):
+                app.openapi_schema = None
+            return app
+
+        return bind_routes
 
     def load(self) -> tuple[ASGIApp, list[tuple[BaseRoute, Binding]]]:
         """Return a new copy of the app, and its own routes."""
@@ -73,7 +84,7 @@ class FrozenApp:
 
 
 def freeze(app: ASGIApp, cls: type, *, what: str) -> FrozenApp:
-    """Freeze a copy of an app for one class, and check that it travels and loads.
+    """Freeze a copy of an app for one class.
 
     Parameters
     ----------
@@ -94,6 +105,11 @@ def freeze(app: ASGIApp, cls: type, *, what: str) -> FrozenApp:
     PicklingError
         A part of the app cannot travel.
     """
+    return _Freezer(cls).freeze(app, what=what)
+
+
+def check(app: ASGIApp, cls: type, *, what: str) -> None:
+    """See whether an app can be frozen for a class, travels and loads; see `freeze`."""
     freezer = _Freezer(cls)
     frozen = freezer.freeze(app, what=what)
     # The methods are the class's: whether they travel is seen when it does.
@@ -105,7 +121,6 @@ def freeze(app: ASGIApp, cls: type, *, what: str) -> FrozenApp:
         where = describe(freezer.find_unloadable(app, frozen), app)
         text = f"{what} does not travel: {where}{where and ': '}{err}"
         raise PicklingError(text) from (err.__cause__ or err)
-    return frozen
 
 
 def bind(app: ASGIApp, instance: object) -> ASGIApp:
@@ -148,9 +163,10 @@ class _Freezer:
         data = dumps((app, self._own), what=what, pickler=self._pickler, within=app)
         for route, _ in self._own:
             self._routes.check_dependencies(route)
+        self._routes.check_app(app, [route for route, _ in self._own])
         names = {
             name
-            for part in self._parts
+            for part in (*self._parts, *functions_of(self._cls))
             if isinstance(part, FunctionType)
             for name in _names_of(app, part)
         }

@@ -1,4 +1,4 @@
-"""``@ingress(app)``: an ASGI app frozen where users decorate, built in each replica."""
+"""``@ingress(app)``: an ASGI app that travels with a class, built in each replica."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 from daskserve.exceptions import PicklingError
-from daskserve.frozen_app import FrozenApp, bind, freeze
+from daskserve.frozen_app import FrozenApp, bind, check, freeze
 
 T = TypeVar("T")
 
@@ -32,15 +32,41 @@ _WAY_OUT = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ingress:
-    """The app of a class, on its way to the replicas; picklable along with the class.
+    """The app of a class; it is frozen when it is pickled along with the class.
 
     Parameters
     ----------
     source
-        The app, frozen; or the function or import string that it is made from.
+        The app, perhaps frozen; or the function or import string that it is made from.
+    cls
+        The class, for an app that is not frozen.
     """
 
-    source: FrozenApp | Callable[[], object] | str
+    source: object
+    cls: type | None = None
+
+    def __reduce__(self) -> Any:
+        # Frozen now, with all that the app has got since the class was decorated.
+        if self.cls is None:
+            return Ingress, (self.source,)
+        return Ingress, (_told(freeze, _as_asgi(self.source), self.cls),)
+
+    def prepare(self, cls: type) -> Callable[[object], ASGIApp]:
+        """Make the app that serves one replica, as far as it can be without it.
+
+        Parameters
+        ----------
+        cls
+            The replica's class: what its constructor does to the app has an effect.
+
+        Returns
+        -------
+        callable
+            `build`.
+        """
+        if isinstance(self.source, FrozenApp):
+            return self.source.prepare(cls)
+        return self.build
 
     def build(self, instance: object) -> ASGIApp:
         """Make the app that serves one replica.
@@ -53,8 +79,8 @@ class Ingress:
         Returns
         -------
         ASGIApp
-            A copy of its own for every call; with an import string of an app that
-            has no routes of any class, the app in the module itself.
+            A copy of its own for every call; of an app that is in a module here and
+            has no routes of any class, that app itself.
 
         Raises
         ------
@@ -86,9 +112,10 @@ def ingress(app: object) -> Callable[[type[T]], type[T]]:
     Methods that the app has as endpoints get the replica's instance as ``self``. Where
     several classes use one app, each serves the app's plain routes and its own.
 
-    The app is frozen when the class is decorated: what is added to it later is not
-    served. Code that refers to a module's global app sees that module's app, not the
-    one that is served; ``request.app`` always is.
+    The app travels as it is when the class is deployed. In a replica it is there before
+    the constructor: what that and ``reconfigure`` do to it, by its global name, has an
+    effect. For a class that is imported from a module there, this global is the
+    module's app, of which each replica takes a copy when it starts.
 
     Parameters
     ----------
@@ -106,7 +133,8 @@ def ingress(app: object) -> Callable[[type[T]], type[T]]:
     Raises
     ------
     TypeError
-        ``app`` is none of these, or what is decorated is not a class.
+        ``app`` is none of these; what is decorated is not a class; or a method of it is
+        used in a way in which it would get no ``self``.
     ValueError
         A string that is not of the form ``"module:attr"``.
     PicklingError
@@ -138,8 +166,9 @@ def ingress(app: object) -> Callable[[type[T]], type[T]]:
             )
         # Not earlier: the class body has given a router its routes since.
         asgi = None if isinstance(app, str) else _as_asgi(app)
-        source: Any = app if asgi is None else _freeze(asgi, cls)
-        setattr(cls, _ATTRIBUTE, Ingress(source))
+        if asgi is not None:
+            _told(check, asgi, cls)  # here and now, what is in the way
+        setattr(cls, _ATTRIBUTE, Ingress(app, None if asgi is None else cls))
         return cls
 
     return decorate
@@ -167,10 +196,11 @@ def find_ingress(target: object) -> Ingress | None:
     return found if isinstance(found, Ingress) else None
 
 
-def _freeze(app: ASGIApp, cls: type) -> FrozenApp:
+def _told(do: Callable[..., T], app: object, cls: type) -> T:
+    """Freeze an app, or check that it can be; errors say what else users can do."""
     what = f"The {type(app).__name__} app given to @serve.ingress for {cls.__name__}"
     try:
-        return freeze(app, cls, what=what)
+        return do(app, cls, what=what)
     except PicklingError as err:
         raise PicklingError(f"{err}.{_WAY_OUT}") from (err.__cause__ or err)
 

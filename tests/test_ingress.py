@@ -40,6 +40,7 @@ from starlette.testclient import TestClient
 
 from daskserve.exceptions import PicklingError
 from daskserve.ingress import Ingress, find_ingress, ingress
+from tests.utils import run_script
 
 ROOT = Path(__file__).parents[1]
 
@@ -286,7 +287,7 @@ def test_import_string(tmp_path, monkeypatch):
 # -- freezing --
 
 
-def test_later_changes_are_not_seen():
+def test_what_an_app_gets_after_the_decorator_is_served():
     app = FastAPI(title="before")
 
     @ingress(app)
@@ -294,9 +295,17 @@ def test_later_changes_are_not_seen():
 
     app.title = "after"
     app.add_api_route("/late", lambda: 1)
+    router = APIRouter()
+    router.add_api_route("/routed", lambda: 2)
+    app.include_router(router, prefix="/r")
     served = replica(A)
-    assert served.title == "before"
-    assert call(served, "GET", "/late").status_code == 404
+    travelled = find_ingress(A).__reduce__()[1][0]
+    app.add_api_route("/too-late", lambda: 3)
+    for each in (served, travelled.build(A())):
+        assert each.title == "after"
+        assert get(each, "/late") == 1
+        assert get(each, "/r/routed") == 2
+    assert call(travelled.build(A()), "GET", "/too-late").status_code == 404
 
 
 def test_the_users_app_is_left_alone():
@@ -1090,6 +1099,7 @@ def test_dependency_overrides():
         def a(self, s=Depends(settings)):
             return s
 
+    not_overridden = replica(NotOverridden)
     app.dependency_overrides[settings] = lambda: "fake"
 
     @ingress(app)
@@ -1098,7 +1108,7 @@ def test_dependency_overrides():
         def a(self, s=Depends(settings)):
             return s
 
-    assert get(replica(NotOverridden), "/a") == "real"
+    assert get(not_overridden, "/a") == "real"
     assert get(replica(Overridden), "/a") == "fake"
 
 
@@ -1421,3 +1431,175 @@ def test_ingress_travels_with_plain_pickle_when_the_class_does():
 
 
 class Importable: ...
+
+
+# -- methods that would get no self --
+
+
+def override_without_a_route(app):
+    class A:
+        @app.get("/a")
+        def hello(self): ...
+
+    class B(A):
+        def hello(self): ...
+
+    return B, r"B.hello overrides .*A.hello, the endpoint of '/a', and is no endpoint"
+
+
+def no_self(app):
+    class A:
+        @app.get("/a")
+        def hello(): ...
+
+    return A, r"A.hello, the endpoint of '/a', takes no 'self'"
+
+
+def as_middleware(app):
+    class A:
+        @app.middleware("http")
+        async def time(self, request, call_next): ...
+
+    return A, r"A.time cannot be a middleware: .*without 'self'"
+
+
+def as_exception_handler(app):
+    class A:
+        @app.exception_handler(ValueError)
+        async def handle(self, request, err): ...
+
+    return A, r"A.handle cannot be an exception handler"
+
+
+def as_startup_hook(app):
+    if not hasattr(app.router, "on_startup"):
+        pytest.skip("this version of Starlette has no such hooks")
+
+    class A:
+        def begin(self): ...
+
+        app.router.on_startup.append(begin)
+
+    return A, r"A.begin cannot be a startup hook"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        override_without_a_route,
+        no_self,
+        as_middleware,
+        as_exception_handler,
+        as_startup_hook,
+    ],
+)
+def test_methods_that_would_get_no_self_are_refused(make):
+    app = FastAPI()
+    cls, text = make(app)
+    with pytest.raises(TypeError, match=text):
+        ingress(app)(cls)
+
+
+def test_methods_that_need_no_self_are_not():
+    app = FastAPI()
+
+    class A(Base):
+        @app.get("/a")
+        def hello(self):
+            return "A"
+
+        @app.exception_handler(ValueError)
+        @staticmethod
+        async def handle(request, err):
+            return JSONResponse("handled")
+
+    class B(A):
+        def other(self): ...
+
+        @app.get("/a")
+        def hello(self):
+            return f"B, not {super().hello()}"
+
+    @ingress(app)
+    class C(B): ...
+
+    assert get(replica(C), "/a") == "B, not A"
+
+
+CONSTRUCTORS = """
+import json
+import httpx
+from dask.distributed import Client, LocalCluster
+from fastapi import APIRouter, Depends, FastAPI, Request
+import daskserve as serve
+
+app = FastAPI()
+late = APIRouter()
+
+def database():
+    return "default"
+
+@late.get("/late")
+def routed():
+    return "late"
+
+class Mark:
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        async def mark(message):
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-mark", b"seen")]
+            await send(message)
+        await self.app(scope, receive, mark)
+
+@serve.deployment(user_config={"limit": 1}, version="1", num_replicas=2)
+@serve.ingress(app)
+class Model:
+    def __init__(self, name):
+        app.state.name = name
+        app.dependency_overrides[database] = lambda: f"of {name}"
+        app.add_middleware(Mark)
+        part = FastAPI()
+        part.get("/hi")(lambda: "hi from the part")
+        app.mount("/part", part)
+        app.add_api_route("/added", lambda: "added")
+        more = APIRouter()
+        more.get("/more")(lambda: "more")
+        app.include_router(more, prefix="/p")
+
+    def reconfigure(self, config):
+        app.state.limit = config["limit"]
+
+    @app.get("/")
+    def ask(self, request: Request, found: str = Depends(database)):
+        states = request.app.state, app.state
+        return [[state.name, state.limit] for state in states] + [found]
+
+app.include_router(late)
+
+if __name__ == "__main__":
+    with LocalCluster(n_workers=2, threads_per_worker=1) as cluster, Client(cluster):
+        serve.start(http_options={"port": 0})
+        Model.deploy("a")
+        url = Model.url
+        paths = ["/part/hi", "/added", "/p/more", "/late"]
+        found = [httpx.get(url + path).json() for path in paths]
+        answers = [httpx.get(url + "/") for _ in range(9)]
+        Model.options(user_config={"limit": 2}).deploy("a")
+        answers += [httpx.get(url + "/") for _ in range(9)]
+        said = sorted({answer.text for answer in answers})
+        marks = {answer.headers.get("x-mark") for answer in answers}
+        print(json.dumps([found, said, sorted(marks)]))
+"""
+
+
+@pytest.mark.slow
+def test_what_a_constructor_does_to_its_app_takes_effect():
+    lines = run_script(CONSTRUCTORS).stdout.splitlines()
+    found, said, marks = json.loads(next(line for line in lines if line[:2] == "[["))
+    assert found == ["hi from the part", "added", "more", "late"]
+    expected = [[["a", limit], ["a", limit], "of a"] for limit in (1, 2)]
+    assert [json.loads(each) for each in said] == expected
+    assert marks == ["seen"]

@@ -77,6 +77,8 @@ class Servable:
         self.object: Any = None
         #: The ASGI app, if the class has an ingress.
         self.app: ASGIApp | None = None
+        #: Makes it, of the instance; None: there is none to be.
+        self._build_app: Callable[[object], ASGIApp] | None = None
         #: Whether every call of it runs on the threads of sync code.
         self.threaded = False
         self._spec = spec
@@ -135,6 +137,9 @@ class Servable:
         """Unpickle the class and make its instance, or unpickle the function."""
         target: Any = pickling.loads(self._spec.code)
         if isinstance(target, type):
+            ingress = find_ingress(target)
+            if ingress is not None:
+                self._build_app = ingress.prepare(target)
             await self._make(target)
         else:
             self.object = target
@@ -163,9 +168,8 @@ class Servable:
         """Apply the first ``user_config``; build the app and run its startup hooks."""
         if self._spec.user_config is not None:
             await self.reconfigure(self._spec.user_config)
-        ingress = find_ingress(type(self.object))
-        if ingress is not None:
-            self.app = ingress.build(self.object)
+        if self._build_app is not None:
+            self.app = self._build_app(self.object)
             self._lifespan = Lifespan(self.app)
             await self._lifespan.startup()
 
