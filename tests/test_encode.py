@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import enum
 import json
+import re
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator
+from decimal import Decimal
+from ipaddress import IPv4Address
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 from starlette.responses import JSONResponse, StreamingResponse
 
 from daskserve.replica.encode import BYTES, JSON, TEXT, NotEncodableError, encode
@@ -27,6 +33,10 @@ class Point:
 class Pair(NamedTuple):
     a: int
     b: Any
+
+
+class Color(enum.Enum):
+    RED = "red"
 
 
 class Model(BaseModel):
@@ -92,6 +102,22 @@ def test_plain_bodies(result: Any, expected: tuple[bytes, bytes]) -> None:
         (Point(1, 2), {"x": 1, "y": 2}),
         ([Model(at=NOW, n=1)], [{"at": "2026-01-02T03:04:05", "n": 1}]),
         ({"at": NOW, "id": ID}, {"at": "2026-01-02T03:04:05", "id": str(ID)}),
+        ([Decimal("1.5"), Decimal(2)], [1.5, 2]),
+        ([dt.timedelta(seconds=90), pd.Timedelta("90s")], [90.0, 90.0]),
+        ([np.timedelta64(90, "s"), np.timedelta64(90, "ns")], [90.0, 90e-9]),
+        (np.array([1, 2], dtype="m8[m]"), [60.0, 120.0]),
+        ([np.datetime64("2026-01-02")], ["2026-01-02T00:00:00"]),
+        ([PurePosixPath("/data/x"), Path("y")], ["/data/x", "y"]),
+        ([deque([1, 2]), range(3), frozenset([4])], [[1, 2], [0, 1, 2], [4]]),
+        ([Color.RED, {Color.RED: Color.RED}], ["red", {"red": "red"}]),
+        ([dt.date(2026, 1, 2), dt.time(3, 4)], ["2026-01-02", "03:04:00"]),
+        ([IPv4Address("10.0.0.1"), b"ab"], ["10.0.0.1", "ab"]),
+        ([SecretStr("s"), re.compile("a+")], ["**********", "a+"]),
+        (pd.Series([1], index=["a"], dtype="int8"), {"a": 1}),
+        ([pd.Period("2026-01", "M"), pd.NaT, pd.NA], ["2026-01", None, None]),
+        (pd.Index([1, 2]), [1, 2]),
+        (pd.MultiIndex.from_tuples([(1, "a")]), [[1, "a"]]),
+        (pd.Categorical(["a", "b"]), ["a", "b"]),
     ],
 )
 def test_json(result: Any, expected: Any) -> None:
@@ -126,6 +152,11 @@ class Strange:
         object,
         {"n": 2**70, "a": Strange()},
         {Strange(): 1},
+        [pd.DataFrame([[1, 2]], columns=["type", "type"])],
+        pd.Series([1, 2], index=["type", "type"]),
+        pd.Series([1], index=pd.MultiIndex.from_tuples([("a", "type")])),
+        pd.DataFrame([[1]], index=pd.MultiIndex.from_tuples([("a", "b")])),
+        pd.DataFrame([[1]], columns=pd.MultiIndex.from_tuples([("a", "b")])),
     ],
 )
 def test_what_cannot_be_expressed_is_named(result: Any) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import orjson
+from fastapi.encoders import ENCODERS_BY_TYPE
 from starlette.responses import Response, StreamingResponse
 
 TEXT = b"text/plain; charset=utf-8"
@@ -30,7 +32,7 @@ def encode(result: Any) -> tuple[bytes, bytes] | Response:
     result
         What user code returned: a ``Response``, ``str``, ``bytes``, None, a generator
         of ``str`` or ``bytes`` (sync or async), or what JSON can express; numpy,
-        pandas, dataclasses, pydantic, datetime and UUID included.
+        pandas, dataclasses, pydantic and what FastAPI encodes included.
 
     Raises
     ------
@@ -110,26 +112,47 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "model_dump"):  # pydantic
         return value.model_dump(mode="json")
     if hasattr(value, "to_dict"):  # pandas
-        if hasattr(value, "columns"):
-            rows = value.to_dict(orient="records")
-            plain = all(isinstance(label, str) for label in value.columns)
-            return rows if plain else _with_plain_keys(rows)
-        return _with_plain_keys(value.to_dict())
+        return _with_plain_keys(_of_pandas(value))
     if type(value).__name__ in ("NAType", "NaTType"):  # pandas' for what is missing
         return None
     if hasattr(value, "tolist"):  # numpy, where orjson's own support ends
+        if getattr(value, "dtype", None) is not None and value.dtype.kind == "m":
+            value = value / value.dtype.type(1, "s")  # in seconds, as other durations
         return value.tolist()
-    if hasattr(value, "isoformat"):
-        return value.isoformat()
-    if isinstance(value, set | frozenset | tuple):  # named ones come here
+    if isinstance(value, tuple | range):  # named ones come here
         return list(value)
-    if isinstance(value, uuid.UUID):
-        return str(value)
-    if isinstance(value, bytes):
-        return value.decode()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
+    for kind in type(value).__mro__:
+        if (encode := ENCODERS_BY_TYPE.get(kind)) is not None:
+            return encode(value)
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if type(value).__name__ == "Period":  # pandas'
+        return str(value)
     raise TypeError(f"{_name(value)} has no JSON form")
+
+
+def _of_pandas(value: Any) -> Any:
+    """Return the rows of a table, or the values of a series by their labels."""
+    is_table = hasattr(value, "columns")
+    labels: Any = value.columns if is_table else getattr(value, "index", None)
+    if getattr(labels, "is_unique", True) is False:
+        what = "columns" if is_table else "index"
+        raise TypeError(
+            f"{_name(value)} has no JSON form without loss: its {what} has the label "
+            f"{labels[labels.duplicated()][0]!r} twice"
+        )
+    if not is_table:
+        return value.to_dict()
+    if getattr(value.index, "nlevels", 1) > 1:
+        raise TypeError(
+            f"{_name(value)} has no JSON form without loss: rows have no labels, and "
+            "its index has several levels; return it with reset_index()"
+        )
+    return value.to_dict(orient="records")
 
 
 def _name(value: object) -> str:

@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 TIMEOUT_S = 30
 #: For WebSockets that are opened at once.
 OPEN_S = 10
+#: How long a replica may take to notice that they are closed.
+FORGOTTEN_S = 1.0
 BUFFER = 1 << 20
 UPGRADE = (
     "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
@@ -108,8 +110,9 @@ def read_many(url: str, clients: int, byte: bytes) -> int:
 
 @contextmanager
 def idle_websockets(url: str, count: int) -> Iterator[None]:
-    """Open them all at once, and hold them."""
+    """Open them all at once, and hold them; they are forgotten when it ends."""
     with ExitStack() as stack:
+        stack.callback(time.sleep, FORGOTTEN_S)
         opening = [
             stack.enter_context(connected(url, headers=UPGRADE)) for _ in range(count)
         ]
