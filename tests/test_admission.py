@@ -43,6 +43,29 @@ def test_a_slot_is_kept_for_who_was_refused_first() -> None:
     assert not slots.wanted
 
 
+def test_only_who_uses_nothing_of_what_is_kept_loses_it() -> None:
+    slots, (x, busy, silent) = Admission(2), callers(3)
+    assert slots.take(x) and slots.take(x)
+    slots.want(busy, 64)
+    slots.want(silent, 64)
+    slots.give_back(x)
+    slots.give_back(x)
+    assert [slots.offer(), slots.offer()] == [busy, silent]
+    for _ in range(3):  # looks at what is kept; in between the busy one goes on
+        slots.withdraw_late(busy)
+        slots.withdraw_late(silent)
+        assert slots.take(busy)
+        slots.give_back(busy)
+        slots.offer()
+    assert busy.wanted and busy.kept
+    assert (silent.wanted, silent.kept) == (0, 0)
+    slots.want(silent, 1)
+    slots.withdraw(busy)
+    assert slots.offer() is silent
+    slots.withdraw_late(silent)  # it has had no time yet
+    assert silent.kept
+
+
 def test_callers_take_turns_however_many_slots_they_want() -> None:
     slots, (x, a, b) = Admission(4), callers(3)
     for _ in range(4):

@@ -47,10 +47,12 @@ def slots_of_threads(
 class Caller:
     """A process that asks: how many slots it has, would like, and are kept for it."""
 
-    __slots__ = ("held", "kept", "wanted")
+    __slots__ = ("held", "kept", "late", "wanted")
 
     def __init__(self) -> None:
         self.held = self.wanted = self.kept = 0
+        #: It has used none of what is kept for it since the last look at that.
+        self.late = False
 
 
 class Admission:
@@ -112,6 +114,7 @@ class Admission:
         """Take a slot for a request; False: there is none, and the caller wants one."""
         if caller.kept:
             caller.kept -= 1
+            caller.late = False
             self.kept -= 1
         elif self._free > 0:
             self._free -= 1
@@ -143,11 +146,18 @@ class Admission:
             caller.wanted -= 1
             if caller.wanted:
                 self._queue.append(caller)
+            caller.late = caller.late and caller.kept > 0
             caller.kept += 1
             self.kept += 1
             self._free -= 1
             return caller
         return None
+
+    def withdraw_late(self, caller: Caller) -> None:
+        """Withdraw if a caller has used nothing of what is kept since the last look."""
+        if caller.late:
+            self.withdraw(caller)
+        caller.late = caller.kept > 0
 
     def withdraw(self, caller: Caller) -> None:
         """Note that a caller has no use for slots any more, or has gone."""

@@ -225,6 +225,5 @@ class Intake:
         """Keep slots no longer for those who are too late."""
         self._keeping = None
         for caller in self._callers.values():
-            if caller.kept:
-                self.slots.withdraw(caller)
+            self.slots.withdraw_late(caller)
         self.offer()

@@ -327,8 +327,8 @@ class Dispatcher:
     def refused(self, call: Call, group: Group, slot: Slot, reason: str) -> None:
         """Note that a replica has not taken a call."""
         now = self.loop.time()
-        if reason == FULL:  # it will offer a slot
-            group.router.close(slot, now + ASKED_PAUSE_S, max(1, slot.asked))
+        if reason == FULL:  # it will offer a slot; what else was asked it may forget
+            group.router.close(slot, now + ASKED_PAUSE_S, 1)
         elif reason == FULL_OF_WEBSOCKETS:
             slot.no_websockets_until = now + ASKED_PAUSE_S
             return
