@@ -23,7 +23,7 @@ from daskserve.exceptions import (
     RequestTimeoutError,
 )
 from daskserve.transport.affinity import Session
-from daskserve.transport.call import Call, timeout_error
+from daskserve.transport.call import Call
 from daskserve.transport.channel import ReplyTo, serve_channel
 from daskserve.transport.dispatcher import Dispatcher
 from daskserve.transport.messages import (
@@ -491,7 +491,7 @@ def test_abort_wakes_whoever_waits() -> None:
         while not replica.messages:
             await asyncio.sleep(0.005)
         for call, task in zip(calls, tasks, strict=True):  # in a replica, in the queue
-            call.abort(timeout_error("D", 0.5))
+            call.time_up(0.5)
             with pytest.raises(RequestTimeoutError, match=r"within 0\.5 s"):
                 await task
             call.cancel()

@@ -1360,11 +1360,12 @@ def test_deployment_that_is_starting(site: Site, gate: Gate, notes: Notes) -> No
     deploying.start()
     try:
         notes.wait("constructing")
-        # Its route may show once it serves; from when on it shows, requests wait.
+        # Its route is there, and requests wait.
         response = httpx.get(
             site.at(deployment), headers={"x-request-timeout-seconds": "0.2"}
         )
-        assert response.status_code in (404, 504)
+        assert response.status_code == 503
+        assert "running the constructor" in response.text
     finally:
         gate.open()
         deploying.join(20)

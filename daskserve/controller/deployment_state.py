@@ -79,8 +79,6 @@ class ManagedDeployment:
     deleting: bool = False
     #: The ``delete()`` calls that wait.
     delete_tickets: list[int] = field(default_factory=list)
-    #: Whether the route is to be seen; from the first routable replica on.
-    exposed: bool = False
     #: Nothing to do until an event comes or a worker leaves.
     at_rest: bool = False
     #: What `reports` found for proxies and handles; holds while the deployment rests.

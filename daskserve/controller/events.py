@@ -69,7 +69,6 @@ def started(
     replica.direct, replica.first_limit = direct, limit
     replica.pid = replica.pid if pid is None else pid
     replica.enter(ReplicaState.RUNNING, "", now)
-    d.exposed = d.exposed or replica in d.routable()
 
 
 def failed(d: ManagedDeployment, replica: Replica, text: str, now: float) -> None:

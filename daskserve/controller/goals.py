@@ -55,7 +55,6 @@ def set_goal(d: ManagedDeployment, spec: Spec, ticket: int | None, now: float) -
         config_generation = _config_generation(d, goals, generation, spec)
         # All replicas of a generation run the same bytes, later ones too.
         spec = replace(spec, code=base.spec.code)
-    moved = spec.route_prefix != d.target.spec.route_prefix
     d.target = Goal(
         spec=spec,
         generation=generation,
@@ -65,8 +64,6 @@ def set_goal(d: ManagedDeployment, spec: Spec, ticket: int | None, now: float) -
         # Old replicas that gave way to the same code are not started again.
         rolling=base is d.target and base.rolling,
     )
-    if d.serving is None and moved:
-        d.exposed = bool(d.routable())
 
 
 def _config_generation(
@@ -116,7 +113,6 @@ def judge(d: ManagedDeployment, now: float) -> None:
         goal.reached = True
         goal.spec = d.history.add(goal.spec, now)
         d.serving = goal
-        d.exposed = True
         for replica in d.alive(goal):
             replica.spec = goal.spec
         d.end_deploy(None)
@@ -148,8 +144,6 @@ def give_up(d: ManagedDeployment, what: str, details: str) -> None:
         summary += "; its former options are back in force"
     goal.failure = f"{summary}\n\n{details}"
     d.at_rest = False
-    # Requests are answered at once from now on, and the route table says so.
-    d.exposed = True
     d.end_deploy(goal.failure)
 
 

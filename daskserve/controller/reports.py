@@ -26,7 +26,7 @@ def routing_of(deployments: Iterable[ManagedDeployment]) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for d in deployments:
         prefix = d.routed.spec.route_prefix
-        if d.exposed and prefix is not None:
+        if prefix is not None:
             routes[prefix] = d.name
         if d.routing is None or not d.at_rest:
             d.routing = _routing_entry(d)
@@ -48,6 +48,8 @@ def _routing_entry(d: ManagedDeployment) -> dict[str, Any]:
         # Nothing comes any more: requests need not wait for a replica.
         "hopeless": not d.upkeep(),
     }
+    if not replicas:  # in one line, for it goes to HTTP clients
+        entry["reason"] = d.reason.partition("\n")[0]
     if spec.session_affinity is not None:
         entry["session_affinity"] = dict(spec.session_affinity)
     if spec.autoscaling is not None:

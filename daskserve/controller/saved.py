@@ -94,8 +94,6 @@ def revive(saved: SavedDeployment, shared: Shared, now: float) -> ManagedDeploym
             reached=saved.serving is not None,
         ),
         history=History(saved.versions),
-        # Requests wait for the replicas to come back.
-        exposed=saved.serving is not None or saved.failure is not None,
     )
     if saved.serving is not None:
         d.serving = d.target

@@ -13,7 +13,7 @@ from starlette.types import Receive
 from daskserve.config import HTTPOptions
 from daskserve.exceptions import RequestError, RequestTooLargeError
 from daskserve.proxy.request import RequestInfo
-from daskserve.transport.call import Call, timeout_error
+from daskserve.transport.call import Call
 from daskserve.transport.messages import BODY, MAX_CHUNK_BYTES
 
 #: A request that is answered sooner is not watched at all.
@@ -104,7 +104,7 @@ class ClientWatch:
                     size += len(part)
         except TimeoutError:
             assert self._timeout_s is not None
-            raise timeout_error(self._info.deployment, self._timeout_s) from None
+            raise self._call.timeout_error(self._timeout_s) from None
         self._info.body_unread = more
         return b"".join(parts), more
 
@@ -148,7 +148,7 @@ class ClientWatch:
 
     def _time_up(self) -> None:
         assert self._timeout_s is not None
-        self._call.abort(timeout_error(self._info.deployment, self._timeout_s))
+        self._call.time_up(self._timeout_s)
 
     async def _run(self) -> None:
         try:

@@ -20,7 +20,6 @@ from daskserve.proxy.forwarded import FORWARDED_NAMES, ForwardedHeaders
 from daskserve.proxy.forwarder import Forwarder, Forwarding, error_response
 from daskserve.proxy.front import Front, access_logger, log_access
 from daskserve.proxy.request import FULL_KEY, SCOPE_KEY, RequestInfo
-from daskserve.transport.call import timeout_error
 from daskserve.transport.messages import REFUSED, RESPONSE, Headers, Message
 
 #: Timeouts that are shorter have a timer of their own, for others a sweep will do.
@@ -184,9 +183,7 @@ class ExpressRequest:
         """Answer that no answer came in time."""
         forwarding = self.forwarding
         assert forwarding.timeout_s is not None
-        forwarding.call.abort(
-            timeout_error(self._info.deployment, forwarding.timeout_s)
-        )
+        forwarding.call.time_up(forwarding.timeout_s)
 
     def _answer(self, message: Message) -> bool:
         """Write a response; False if that is better left to uvicorn."""

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.types import Message, Receive, Scope, Send
 
 from daskserve.exceptions import ReplicaDiedError, RequestError
-from daskserve.transport.call import Call, timeout_error
+from daskserve.transport.call import Call
 from daskserve.transport.channel import ConnectionLostError
 from daskserve.transport.messages import CONNECT, CREDIT, ERROR, EVENT, PUSH, STOPPED
 
@@ -54,9 +54,8 @@ class WebSocketRelay:
         call = self._call
         timer: asyncio.TimerHandle | None = None
         if self._timeout_s is not None:
-            failure = timeout_error(call.deployment, self._timeout_s)
             timer = asyncio.get_running_loop().call_later(
-                self._timeout_s, call.abort, failure
+                self._timeout_s, call.time_up, self._timeout_s
             )
         pump = asyncio.ensure_future(self._pump(receive))
         fields = (*head, tuple(scope["subprotocols"]))

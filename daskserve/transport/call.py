@@ -6,7 +6,12 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from daskserve.exceptions import ReplicaDiedError, RequestTimeoutError
+from daskserve.exceptions import (
+    DeploymentUnavailableError,
+    ReplicaDiedError,
+    RequestError,
+    RequestTimeoutError,
+)
 from daskserve.transport.affinity import Session
 from daskserve.transport.channel import Channel, ConnectionLostError, Exchange
 from daskserve.transport.group import Group
@@ -229,6 +234,23 @@ class Call:
             if self._exchange is not None:
                 self._exchange.fail(failure)
 
+    def time_up(self, timeout_s: float) -> None:
+        """Abort it, for there was no answer within so many seconds."""
+        self.abort(self.timeout_error(timeout_s))
+
+    def timeout_error(self, timeout_s: float) -> RequestError:
+        """Say what was missing for so many seconds: the answer, or even a replica."""
+        group = self.group
+        if group is None or not self.queued or group.router.slots:
+            return RequestTimeoutError(
+                f"Deployment {self.deployment!r} did not begin to answer within "
+                f"{timeout_s:g} s."
+            )
+        return DeploymentUnavailableError(
+            f"Deployment {self.deployment!r} had no replica within {timeout_s:g} s: "
+            f"{group.reason}."
+        )
+
     def cancel(self) -> None:
         """Tell the replica that nobody waits for it any more, and finish."""
         self.send(CANCEL)
@@ -284,10 +306,3 @@ class Call:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-
-def timeout_error(name: str, timeout_s: float) -> RequestTimeoutError:
-    """Return the error of a request that got no answer in time."""
-    return RequestTimeoutError(
-        f"Deployment {name!r} did not begin to answer within {timeout_s:g} s."
-    )

@@ -16,9 +16,10 @@ from daskserve.exceptions import (
 )
 from daskserve.packing import Packed
 from daskserve.transport.affinity import Session
-from daskserve.transport.call import Call, timeout_error
+from daskserve.transport.call import Call
 from daskserve.transport.channel import ConnectionLostError
 from daskserve.transport.dispatcher import Dispatcher
+from daskserve.transport.group import Group
 from daskserve.transport.items import Items
 from daskserve.transport.loops import Mailbox
 from daskserve.transport.messages import CALL, CREDIT, ITEM, REFUSED, Message
@@ -135,12 +136,15 @@ class _RunningCall:
             answer.on_cancel = None
             return
         group = self._dispatcher.groups.get(name)
-        if group is not None and group.timeout_s is not None:
-            failure = timeout_error(name, group.timeout_s)
-            self._timer = self._dispatcher.loop.call_later(
-                group.timeout_s, self._call.abort, failure
-            )
+        if group is not None:
+            self._limit(group)
         self._start()
+
+    def _limit(self, group: Group) -> None:
+        if group.timeout_s is not None:
+            self._timer = self._dispatcher.loop.call_later(
+                group.timeout_s, self._call.time_up, group.timeout_s
+            )
 
     def _start(self) -> None:
         try:
@@ -183,9 +187,14 @@ class _RunningCall:
     def _go_on(self) -> None:
         self._task = self._dispatcher.loop.create_task(self._wait())
 
+    async def _first(self) -> Message:
+        if self._call.group is None and self._timer is None:  # nothing was known of it
+            self._limit(await self._dispatcher.group(self._request.deployment))
+        return await self._call.first(self._make, retry_lost=False)
+
     async def _wait(self) -> None:
         try:
-            message = await self._call.first(self._make, retry_lost=False)
+            message = await self._first()
         except asyncio.CancelledError:
             self._cancel()
             raise
@@ -240,7 +249,7 @@ class _RunningStream(_RunningCall):
 
     async def _wait(self) -> None:
         try:
-            message = await self._call.first(self._make, retry_lost=False)
+            message = await self._first()
             if self._timer is not None:  # that was until the first one
                 self._timer.cancel()
             self._call.streams()

@@ -30,8 +30,8 @@ class Group:
     """
 
     __slots__ = ("_queue", "_returned", "affinity", "bound", "connecting_until",
-                 "hopeless", "info", "max_queued", "max_websockets", "name", "router",
-                 "sessions", "timeout_s", "timer", "timer_at", "waiting",
+                 "hopeless", "info", "max_queued", "max_websockets", "name", "reason",
+                 "router", "sessions", "timeout_s", "timer", "timer_at", "waiting",
                  "wanted")  # fmt: skip
 
     def __init__(self, name: str) -> None:
@@ -44,6 +44,8 @@ class Group:
         #: Its part of the newest snapshot.
         self.info: Mapping[str, Any] | None = None
         self.hopeless = False
+        #: Why it has no replica, if it has none.
+        self.reason = ""
         self.max_queued: int | None = None
         self.max_websockets = 1000
         self.timeout_s: float | None = None
@@ -67,7 +69,7 @@ class Group:
     ) -> tuple[list[Slot], list[Slot]]:
         """Take this deployment's part of a snapshot; return new and former slots."""
         self.info = info
-        self.hopeless = info["hopeless"]
+        self.hopeless, self.reason = info["hopeless"], info.get("reason", "")
         self.max_queued, self.timeout_s = info["max_queued"], info["timeout_s"]
         self.max_websockets = info["max_websockets"]
         self.affinity = Affinity.of(info.get("session_affinity"))
