@@ -13,6 +13,7 @@ ServeError
 │   ├── QueueFullError                      over ``max_queued_requests``
 │   ├── RequestTimeoutError (TimeoutError)  over ``request_timeout_s``
 │   ├── ReplicaDiedError                    the replica was lost with the request in it
+│   ├── ModelIdError           (ValueError) the request names no model
 │   └── RequestTooLargeError                over ``max_request_body_bytes``
 
 ``RequestError`` classes carry the HTTP status a client gets for them, so that the
@@ -104,6 +105,12 @@ class ReplicaDiedError(RequestError):
     """The replica was lost, or stopped, while the request was in it."""
 
     status_code = 502
+
+
+class ModelIdError(RequestError, ValueError):
+    """The request names no model, and is for what is ``@serve.multiplexed``."""
+
+    status_code = 400
 
 
 class RequestTooLargeError(RequestError):

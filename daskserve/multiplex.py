@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar, overload
 
 from daskserve.config import MultiplexOptions
+from daskserve.exceptions import ModelIdError
 from daskserve.replica.context import (
     current_replica,
     get_multiplexed_model_id,
@@ -323,7 +324,7 @@ def _model_id(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> str:
     if not isinstance(model_id, str):
         raise TypeError(f"{name}(): the model id {model_id!r} is not a string")
     if not model_id:
-        raise ValueError(
+        raise ModelIdError(
             f"{name}(): the request names no model: send the header "
             f"serve_multiplexed_model_id, or call through "
             f"handle.options(multiplexed_model_id=...)"

@@ -364,7 +364,7 @@ def test_requests_find_the_replica_that_has_their_model(site: Site) -> None:
         # Those that this process is not connected to yet are passed over.
         poll(lambda c=chosen, e=expected: c.remote().result(timeout_s=20) == e)
     assert get("none").status_code == 500
-    assert get("").status_code == 500
+    assert get("").status_code == 400
     with pytest.raises(ValueError, match="names no model"):
         handle.remote().result(timeout_s=20)
     with pytest.raises(TypeError, match="multiplexed_model_id=7 is not a string"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import socket
 import threading
@@ -294,33 +293,17 @@ def test_slow_app_slows_the_upload(site: Site, where: str, gate: Gate) -> None:
     assert answer.endswith(f"[{size},{crc}]".encode())
 
 
-def _late_starters() -> dict[str, Any]:
-    async def generator(gate: Gate) -> Any:
+@near_and_far
+def test_head_does_not_wait_for_the_body(site: Site, where: str, gate: Gate) -> None:
+    """But for a generator's, whose status is not known before its first item."""
+
+    async def items() -> Any:
         await gate.wait()
         yield "late"
 
-    def sync_generator(gate: Gate) -> Iterator[str]:
-        gate.wait_sync()
-        yield "late"
-
-    async def response(gate: Gate) -> StreamingResponse:
-        return StreamingResponse(generator(gate), headers={"x-early": "1"})
-
-    found = locals().values()
-    return {target.__name__: target for target in found}
-
-
-@near_and_far
-@pytest.mark.parametrize("name", _late_starters())
-def test_head_does_not_wait_for_the_body(
-    site: Site, where: str, name: str, gate: Gate
-) -> None:
-    function = _late_starters()[name]
-
     class Late:
         async def __call__(self) -> Any:
-            result = function(gate)
-            return await result if inspect.iscoroutine(result) else result
+            return StreamingResponse(items(), headers={"x-early": "1"})
 
     deployment = site.deploy(Late, where=where, request_timeout_s=5)
     with httpx.stream("GET", site.at(deployment), timeout=10) as response:

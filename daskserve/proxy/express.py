@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from daskserve.exceptions import RequestError
 from daskserve.proxy.forwarded import FORWARDED_NAMES, ForwardedHeaders
-from daskserve.proxy.forwarder import Forwarder, Forwarding, error_response
+from daskserve.proxy.forwarder import Forwarder, Forwarding, refuse
 from daskserve.proxy.front import Front, access_logger, log_access
 from daskserve.proxy.request import FULL_KEY, SCOPE_KEY, RequestInfo
 from daskserve.transport.messages import REFUSED, RESPONSE, Headers, Message
@@ -168,7 +168,7 @@ class ExpressRequest:
 
     def refuse(self, error: RequestError) -> None:
         """Answer that the request could not be served."""
-        status, headers, body = error_response(self._info, error)
+        status, headers, body = refuse(self._info, error)
         self._write(status, _lines(headers, len(body)) or [], body)
 
     def lost(self) -> None:

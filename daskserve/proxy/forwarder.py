@@ -16,7 +16,6 @@ from daskserve.proxy.forwarded import FORWARDED_PREFIX
 from daskserve.proxy.request import (
     FULL_KEY,
     SCOPE_KEY,
-    TEXT,
     CutError,
     RequestInfo,
     origin,
@@ -35,9 +34,11 @@ from daskserve.transport.messages import (
     ERROR,
     REQUEST,
     RESPONSE,
+    RETRY_AFTER,
     START,
     STOPPED,
     Headers,
+    error_response,
     model_id_of,
 )
 
@@ -47,7 +48,6 @@ logger = logging.getLogger(__name__)
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 #: A body up to this size is read before a replica's place is taken.
 EAGER_BODY_BYTES = 64 * 1024
-RETRY_AFTER = (b"retry-after", b"1")
 #: Credit is given back in steps of at most this many bytes.
 CREDIT_STEP_BYTES = 128 * 1024
 
@@ -345,21 +345,15 @@ class Forwarder:
     async def _respond_error(
         self, send: Send, info: RequestInfo, error: RequestError
     ) -> None:
-        status, headers, body = error_response(info, error)
+        status, headers, body = refuse(info, error)
         await _send_start(send, (START, 0, status, headers))
         await send({"type": "http.response.body", "body": body})
 
 
-def error_response(
-    info: RequestInfo, error: RequestError
-) -> tuple[int, Headers, bytes]:
-    """Return status, headers and body of the answer to a request that failed."""
+def refuse(info: RequestInfo, error: RequestError) -> tuple[int, Headers, bytes]:
+    """Log that a request failed; return what to answer."""
     logger.info("Request %s: %s", info.request_id, error)
-    body = (str(error) or type(error).__name__).encode("utf-8", "replace")
-    headers = [(b"content-type", TEXT), (b"content-length", b"%d" % len(body))]
-    if error.status_code == 503:
-        headers.append(RETRY_AFTER)
-    return error.status_code, headers, body
+    return error_response(error)
 
 
 async def _send_start(send: Send, message: tuple[Any, ...]) -> None:

@@ -49,6 +49,9 @@ ASGI_VERSIONS = {"version": "3.0", "spec_version": "2.3"}
 #: Responses that have no body, whatever their head says (RFC 9110, 6.4.1).
 NO_BODY = frozenset({204, 304})
 
+#: What Starlette answers, before it lets out an exception that nobody handles.
+DEFAULT_ERROR_PAGE = b"Internal Server Error"
+
 #: How many events are dropped before others have a turn.
 DROPPED_AT_ONCE = 100
 
@@ -246,7 +249,7 @@ class HttpExchange:
         status, headers = self._start
         if type(body) is not bytes:
             body = bytes(body)
-        if self.head.debug and status >= 500:
+        if status >= 500 and (self.head.debug or body == DEFAULT_ERROR_PAGE):
             self._held = (status, headers, body)  # perhaps the error comes out yet
             self.response_complete = True
         else:

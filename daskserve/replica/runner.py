@@ -14,17 +14,24 @@ import logging
 import math
 import os
 import traceback
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from contextvars import Context
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from distributed.worker import _worker_cvar
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import (
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 
 from daskserve import packing
+from daskserve.exceptions import RequestError
 from daskserve.packing import Packed
 from daskserve.replica.actor import ReplicaSpec
 from daskserve.replica.admission import Caller
@@ -67,6 +74,7 @@ from daskserve.transport.messages import (
     WANT,
     Head,
     Message,
+    error_response,
 )
 from daskserve.transport.silence import SilenceWatch
 
@@ -586,16 +594,32 @@ class Runner:
         except BaseException as err:
             if _was_cancelled(err):
                 return _cancel_children()  # whoever cancelled knows
+            refusal = values.request_error(err)
+            if refusal is not None and refusal.status_code != 500:
+                return self._refuse(exchange, refusal)
             kind = NOT_ENCODABLE if isinstance(err, NotEncodableError) else USER_ERROR
             logger.exception(
                 "Request %s to deployment %r failed", request_id, self.spec.deployment
             )
+            if not exchange.head.debug:
+                exchange.send_held()
             # A response that is complete was sent by the app's own error handler.
             if not exchange.response_complete or exchange.drop_held():
                 self._send_error(exchange, kind, err)
         finally:
             self._http.pop(key, None)
             self._give_back(exchange)
+
+    def _refuse(self, exchange: HttpExchange, error: RequestError) -> None:
+        """Pass on the status of a call that user code made and that went wrong."""
+        request_id, name = exchange.head.request_id, self.spec.deployment
+        logger.warning("Request %s to deployment %r: %s", request_id, name, error)
+        if exchange.response_complete and not exchange.drop_held():
+            return  # by the app's own error handler
+        if exchange.response_started:
+            self._send_error(exchange, CUT, error)
+        else:
+            exchange.respond(*error_response(error))
 
     async def _serve_plain(self, exchange: HttpExchange) -> None:
         scope = exchange.scope(None)
@@ -612,8 +636,12 @@ class Runner:
         try:
             request = Request(scope, exchange.receive)
             encoded = await self._servable.answer(request, finish)
+            if type(encoded) is StreamingResponse and encoded is not result:
+                encoded.body_iterator = await _begun(result)
         except HTTPException as err:
             encoded = _http_exception_response(err)
+        except MultiPartException as err:  # Starlette's, where there is no app
+            encoded = PlainTextResponse(err.message, status_code=400)
         if self._servable.threaded:
             self._give_back(exchange)
         if isinstance(encoded, Response):
@@ -752,6 +780,24 @@ def _pack_result(result: Any, what: str) -> Packed:
             f"handle.options(stream=True)"
         )
     return packing.pack(result, what=what)
+
+
+async def _begun(items: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """Wait for the first item: what a generator raises before it is no stream yet."""
+    try:
+        first = await anext(items)
+    except StopAsyncIteration:
+        return _following((), items)
+    return _following((first,), items)
+
+
+async def _following(
+    first: Iterable[Any], items: AsyncIterator[Any]
+) -> AsyncIterator[Any]:
+    for item in first:
+        yield item
+    async for item in items:
+        yield item
 
 
 async def _close_generator(result: Any) -> None:

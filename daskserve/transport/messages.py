@@ -67,6 +67,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, TypeAlias
 
+from daskserve.exceptions import RequestError
+
 Message: TypeAlias = tuple[Any, ...]
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
@@ -167,6 +169,21 @@ class Head(NamedTuple):
             "server": server,
             "state": {} if state is None else dict(state),
         }
+
+
+RETRY_AFTER: Final = (b"retry-after", b"1")
+
+
+def error_response(error: RequestError) -> tuple[int, Headers, bytes]:
+    """Return status, headers and body of the answer to a request that failed."""
+    body = (str(error) or type(error).__name__).encode("utf-8", "replace")
+    headers = [
+        (b"content-type", b"text/plain; charset=utf-8"),
+        (b"content-length", b"%d" % len(body)),
+    ]
+    if error.status_code == 503:
+        headers.append(RETRY_AFTER)
+    return error.status_code, headers, body
 
 
 # Kinds of `ERROR`.

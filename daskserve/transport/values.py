@@ -20,7 +20,7 @@ from distributed.actor import BaseActorFuture
 from starlette.requests import Request
 
 from daskserve import packing, pickling
-from daskserve.exceptions import DeploymentError
+from daskserve.exceptions import DeploymentError, RequestError
 from daskserve.packing import Packed
 from daskserve.transport.calls import Answer
 from daskserve.transport.messages import Headers
@@ -203,6 +203,16 @@ def describe(error: BaseException) -> tuple[str, str, str, bytes | None]:
         except Exception:
             pickled = None
     return type(error).__qualname__, text, formatted, pickled
+
+
+def request_error(error: BaseException) -> RequestError | None:
+    """Return the error of ours that is all there is in `error`, or a task group's."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    if isinstance(error, BaseExceptionGroup):
+        leaves = [request_error(each) for each in error.exceptions]
+        return leaves[0] if all(leaves) else None
+    return error if isinstance(error, RequestError) else None
 
 
 def restore(
