@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import distributed
 import httpx
 import pytest
 
@@ -111,3 +112,95 @@ def test_tasks_end_with_the_request(site: Site, tmp_path: Path, method: str) -> 
 def test_outside_of_replicas_there_is_none() -> None:
     with pytest.raises(serve.ServeError, match="outside of a replica"):
         serve.get_client()
+
+
+def fail(text: str) -> None:
+    raise OSError(text)
+
+
+class Plain:
+    """Asks Dask's own functions, as tasks do, and returns futures as they are."""
+
+    def __init__(self) -> None:
+        # A class with async methods is made on the replica's loop.
+        self.made = distributed.get_client().submit(square, 3).result()
+        distributed.get_worker().made_by_plain = True  # type: ignore[attr-defined]
+
+    async def awaited(self, n: int) -> int:
+        client = distributed.get_client()
+        assert not client.asynchronous
+        assert isinstance(client.submit(square, n), distributed.Future)
+        return self.made + await client.submit(square, n)  # type: ignore[operator]
+
+    async def slowly(self) -> int:
+        return await distributed.get_client().submit(time.sleep, 5, pure=False)  # type: ignore[no-any-return]
+
+    async def ping(self) -> str:
+        return "pong"
+
+    async def awaited_failure(self) -> None:
+        await distributed.get_client().submit(fail, "on purpose", pure=False)
+
+    async def seen(self) -> bool:
+        worker: Any = distributed.get_worker()
+        return worker.made_by_plain and isinstance(worker, distributed.Worker)
+
+    def sync_future(self, n: int) -> Any:
+        return distributed.get_client().submit(square, n)
+
+    async def future(self, n: int) -> Any:
+        return distributed.get_client().submit(square, n)
+
+    async def async_future(self, n: int) -> Any:
+        return (await serve.get_client()).submit(square, n)
+
+    def of_worker(self, n: int) -> Any:
+        worker: Any = distributed.get_worker()
+        client = type(worker).__mro__[1]._get_client(worker)  # Dask's own
+        return client.submit(square, n)
+
+    async def failing_future(self) -> Any:
+        return distributed.get_client().submit(fail, "of a task", pure=False)
+
+    async def response(self, name: str, n: int) -> Any:
+        return serve.get_deployment_handle(name).future.remote(n)
+
+    async def __call__(self, request: Any) -> Any:
+        return distributed.get_client().submit(square, int(request.query_params["n"]))
+
+
+@pytest.fixture(scope="module")
+def plain(site: Site) -> serve.Deployment:
+    return site.deploy(Plain)
+
+
+def test_futures_of_dask_can_be_awaited(plain: serve.Deployment) -> None:
+    handle = plain.get_handle()
+    assert handle.awaited.remote(4).result(timeout_s=10) == 25
+    assert handle.seen.remote().result(timeout_s=10) is True
+    with pytest.raises(OSError, match="on purpose"):
+        handle.awaited_failure.remote().result(timeout_s=10)
+
+
+def test_a_replica_answers_others_while_it_awaits(plain: serve.Deployment) -> None:
+    handle = plain.get_handle()
+    slow = handle.slowly.remote()
+    began = time.monotonic()
+    for _ in range(3):
+        assert handle.ping.remote().result(timeout_s=10) == "pong"
+    assert time.monotonic() - began < 2
+    assert not slow.done()
+    slow.cancel()
+
+
+def test_a_future_that_is_returned_is_its_value(
+    site: Site, plain: serve.Deployment
+) -> None:
+    handle = plain.get_handle()
+    for method in ("sync_future", "future", "async_future", "of_worker"):
+        call = handle.options(method_name=method)
+        assert call.remote(5).result(timeout_s=10) == 25, method
+    assert handle.response.remote(plain.name, 6).result(timeout_s=10) == 36
+    with pytest.raises(OSError, match="of a task"):
+        handle.failing_future.remote().result(timeout_s=10)
+    assert httpx.get(site.at(plain), params={"n": 7}).text == "49"

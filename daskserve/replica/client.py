@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from typing import Any, cast
 
 from distributed import Client, Future, futures_of
@@ -20,6 +20,22 @@ from daskserve.replica.context import current_replica
 
 #: How long one may take to close.
 CLOSE_TIMEOUT_S = 2.0
+
+
+class ReplicaFuture(Future[Any]):
+    """A future of the client for sync code, that async code may await all the same."""
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return value_of(self).__await__()
+
+
+async def value_of(future: Future[Any]) -> Any:
+    """Return the value of a future of whatever client; on any loop."""
+    loop = cast(Any, future).client.loop.asyncio_loop
+    result = cast(Any, future)._result()
+    if loop is asyncio.get_running_loop():
+        return await result
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(result, loop))
 
 
 class RequestClient(Client):
@@ -44,6 +60,10 @@ class RequestClient(Client):
         return self._noted(client.persist(*args, **kwargs))
 
     def _noted(self, result: Any) -> Any:
+        futures = [result] if isinstance(result, Future) else futures_of(result)
+        if not cast(Any, self)._asynchronous:
+            for future in futures:
+                future.__class__ = ReplicaFuture
         context = current_replica.get()
         if context is not None:
             if context._children is None:
@@ -52,9 +72,7 @@ class RequestClient(Client):
             submitted = next(mine, None)
             if submitted is None:
                 context._children.add(submitted := _Submitted(self))
-            submitted.add(
-                [result] if isinstance(result, Future) else futures_of(result)
-            )
+            submitted.add(futures)
         return result
 
 
@@ -119,17 +137,26 @@ class ReplicaClients:
                 "get_client() was called on an event loop that is not the replica's: "
                 "there is a client for the replica's async code, and one for threads"
             )
-        if self._worker is None:
-            raise ServeError("an app that was run with local=True has no cluster")
+        if running is None:
+            return self.get_sync()
         with self._lock:
-            if self._closed:
-                raise ServeError("the replica is stopping: it gets no Dask client")
-            if running is not None:
-                self._async = self._async or self._make(asynchronous=True)
-                return self._async
+            self._check()
+            self._async = self._async or self._make(asynchronous=True)
+            return self._async
+
+    def get_sync(self) -> RequestClient:
+        """Return the one for sync code; it works, and blocks, on the loop, too."""
+        with self._lock:
+            self._check()
             # On the worker's loop, which has not to wait for this thread's lock.
             self._sync = self._sync or self._make(loop=self._worker.loop)
             return self._sync
+
+    def _check(self) -> None:
+        if self._worker is None:
+            raise ServeError("an app that was run with local=True has no cluster")
+        if self._closed:
+            raise ServeError("the replica is stopping: it gets no Dask client")
 
     def _make(self, **options: Any) -> RequestClient:
         worker, make = self._worker, cast(Any, RequestClient)
@@ -155,6 +182,21 @@ class ReplicaClients:
                     await async_one.close()
                 if sync_one is not None:
                     await asyncio.to_thread(sync_one.close, CLOSE_TIMEOUT_S)
+
+
+def worker_of_replica(worker: Any, clients: ReplicaClients) -> Any:
+    """Return a worker in the guise in which a replica's code sees it.
+
+    It is the same, but for what `distributed.get_client` returns there.
+    """
+
+    class ReplicaWorker(type(worker)):  # type: ignore[misc]
+        def _get_client(self, timeout: float | None = None) -> RequestClient:
+            return clients.get_sync()
+
+    same = object.__new__(ReplicaWorker)
+    same.__dict__ = worker.__dict__
+    return same
 
 
 def get_client() -> Client:

@@ -36,7 +36,7 @@ from daskserve.packing import Packed
 from daskserve.replica.actor import ReplicaSpec
 from daskserve.replica.admission import Caller
 from daskserve.replica.asgi import HttpExchange, Starts
-from daskserve.replica.client import ReplicaClients
+from daskserve.replica.client import ReplicaClients, worker_of_replica
 from daskserve.replica.context import ReplicaContext, current_replica
 from daskserve.replica.encode import NotEncodableError, encode
 from daskserve.replica.handle_calls import HandleCall, StreamCall, is_stream
@@ -151,8 +151,11 @@ class Runner:
         )
         # What user code runs in: `distributed.get_client()` works as in Dask's tasks.
         self._context = Context()
+        #: For `get_client` in user code.
+        self.clients = ReplicaClients(session.worker, self._thread.loop)
         if session.worker is not None:
-            self._context.run(_worker_cvar.set, session.worker)
+            worker = worker_of_replica(session.worker, self.clients)
+            self._context.run(_worker_cvar.set, worker)
         self._starts = Starts(self._thread.loop)
         self._http: dict[Key, HttpExchange] = {}
         self._websockets: dict[Key, WebSocketExchange] = {}
@@ -172,8 +175,6 @@ class Runner:
             spec, self.loop, self._context, self._abandoned, self._abandoned_ended
         )
         self._intake = Intake(self.loop, spec, self._servable)
-        #: For `get_client` in user code.
-        self.clients = ReplicaClients(session.worker, self._thread.loop)
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:

@@ -17,6 +17,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextvars import Context
 from typing import Any
 
+from distributed import Future
+from distributed.actor import BaseActorFuture
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
@@ -24,6 +26,7 @@ from daskserve import pickling
 from daskserve.ingress import find_ingress
 from daskserve.replica.actor import ReplicaSpec
 from daskserve.replica.asgi import Lifespan
+from daskserve.replica.client import value_of
 from daskserve.replica.context import current_replica
 from daskserve.replica.methods import (
     bare,
@@ -39,6 +42,8 @@ from daskserve.replica.times import Times
 MODELS = "_daskserve_models"
 #: Results that nobody can change.
 _LASTING = frozenset({type(None), bool, int, float, str, bytes})
+#: Results that stand for others: those of Dask's tasks, and of calls.
+_PENDING = (Future, BaseActorFuture)
 #: What the end of a sync generator is told by.
 _END = object()
 
@@ -345,6 +350,8 @@ class Servable:
         plain = bare(function)
         if inspect.iscoroutinefunction(plain):
             result = await function(*args, **kwargs)
+            if type(result) not in _LASTING and isinstance(result, _PENDING):
+                result = await _value(result)
         elif inspect.isgeneratorfunction(inspect.unwrap(plain)):
             result = function(*args, **kwargs)  # its body runs when it is iterated
         else:
@@ -355,7 +362,7 @@ class Servable:
             if type(result) is _Finished:
                 return result.value
             if type(result) not in _LASTING and inspect.isawaitable(result):
-                result = await result
+                result = await _value(result)
         return result if finish is None else finish(result)
 
     async def _run_lasting(self, function: Callable[[], Any]) -> Any:
@@ -401,6 +408,11 @@ class _Finished:
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+
+async def _value(result: Any) -> Any:
+    # A future of a client on another loop would block this one.
+    return await (value_of(result) if isinstance(result, Future) else result)
 
 
 def _finished(call: Callable[[], Any], finish: Callable[[Any], Any]) -> Any:
