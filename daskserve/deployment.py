@@ -231,7 +231,7 @@ class Deployment:
         **kwargs
             Options of Dask's ``map_blocks`` and ``map_partitions``, such as ``dtype``
             and ``meta``, which say what comes out. Without them the deployment is
-            asked, by a partition with one row of zeros or examples.
+            asked, by a partition with two rows of zeros or examples.
 
         Returns
         -------

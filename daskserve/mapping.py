@@ -8,6 +8,7 @@ Dask's scheduler sees to back-pressure, progress and lost workers as ever.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -102,8 +103,15 @@ def map_collection(
     if kind == "bag" and hasattr(collection, "map_partitions"):
         return collection.map_partitions(score, *args, **kwargs)
     if hasattr(collection, "map_blocks"):
-        if not {"dtype", "meta"} & kwargs.keys():
-            kwargs["dtype"] = _dtype(score, collection, args)
+        shaped = {"chunks", "drop_axis", "new_axis"} & kwargs.keys()
+        typed = {"dtype", "meta"} & kwargs.keys()
+        if not (shaped and typed):
+            outcome = _outcome(score, collection, args)
+            if shaped:
+                outcome = {"dtype": outcome["dtype"]}
+            if typed:
+                del outcome["dtype"]
+            kwargs = {**outcome, **kwargs}
         return collection.map_blocks(score, *args, **kwargs)
     if hasattr(collection, "map_partitions") and hasattr(collection, "_meta_nonempty"):
         if "meta" not in kwargs:
@@ -116,15 +124,39 @@ def map_collection(
     )
 
 
-def _dtype(score: Score, array: Any, args: tuple[Any, ...]) -> Any:
-    """Ask the deployment, by a block of zeros: one row, and the rest as in the first.
+def _outcome(score: Score, array: Any, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Ask the deployment what comes out, by a block of zeros: two rows, or one.
 
-    Dask itself would ask by blocks that are empty, which few models take.
+    Dask itself would ask by blocks that are empty, which few models take. Sizes that
+    are those of the block are taken for the blocks' own, others for the same in all;
+    how many rows come out is not known if they are others than went in.
     """
     import numpy as np
 
-    shape = [size[0] for size in array.chunks]
-    if any(size != size for size in shape):
-        raise TypeError("map() needs dtype= or meta= for an array of unknown chunks")
-    shape[:1] = [min(1, size) for size in shape[:1]]
-    return np.asarray(score(np.zeros(shape, array.dtype), *args)).dtype
+    sample = [size[0] for size in array.chunks]
+    if any(math.isnan(size) for size in sample[1:]):
+        raise TypeError(
+            f"map() needs dtype= and chunks= for an array of unknown chunks, as "
+            f"{array.chunks}"
+        )
+    for sizes in array.chunks[:1]:
+        sample[0] = min(2, max((n for n in sizes if not math.isnan(n)), default=2))
+    result = np.asarray(score(np.zeros(sample, array.dtype), *args))
+    if result.ndim == 0 and array.npartitions > 1:
+        raise TypeError(
+            f"map() got {result!r} for a block of shape {tuple(sample)}: a deployment "
+            f"has to return an array, with an entry for each row"
+        )
+    chunks = []
+    for axis, size in enumerate(result.shape):
+        if axis < array.ndim and size == sample[axis]:
+            chunks.append(array.chunks[axis])
+        else:
+            count = array.numblocks[axis] if axis < array.ndim else 1
+            chunks.append((size if axis else math.nan,) * count)
+    return {
+        "dtype": result.dtype,
+        "chunks": tuple(chunks),
+        "drop_axis": list(range(result.ndim, array.ndim)),
+        "new_axis": list(range(array.ndim, result.ndim)),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -97,3 +98,74 @@ def test_what_goes_wrong_is_said(site: Site) -> None:
         model.map(da.ones(10, chunks=5), method_name="fail", dtype=float).compute()
     with pytest.raises(AttributeError, match="has no method 'nope'"):
         model.map(db.from_sequence([1]), method_name="nope").compute()
+
+
+class Shapes:
+    """From blocks of rows to other shapes."""
+
+    def wider(self, rows: Any) -> Any:
+        return np.full((len(rows), 3), 7.0)
+
+    def best(self, rows: Any) -> Any:
+        return rows.argmax(axis=1)
+
+    def squeezed(self, rows: Any) -> Any:
+        return np.squeeze(rows.sum(axis=1, keepdims=True))
+
+    def deeper(self, rows: Any) -> Any:
+        return np.stack([rows, rows, rows], axis=-1).astype("float32")
+
+    def selected(self, rows: Any) -> Any:
+        return rows[rows[:, 0] > 0]
+
+    def mean(self, rows: Any) -> Any:
+        return rows.mean(axis=0, keepdims=True)
+
+    def total(self, rows: Any) -> Any:
+        return rows.sum()
+
+
+@pytest.mark.parametrize(
+    ("method", "shape", "dtype"),
+    [
+        ("wider", (10, 3), "float64"),
+        ("best", (10,), "int64"),
+        ("squeezed", (10,), "float64"),
+        ("deeper", (10, 4, 3), "float32"),
+        ("selected", (math.nan, 4), "float64"),
+        ("mean", (math.nan, 4), "float64"),
+    ],
+)
+def test_an_array_of_another_shape(
+    site: Site, method: str, shape: tuple[float, ...], dtype: str
+) -> None:
+    model = site.deploy(Shapes)
+    values = np.random.default_rng(0).random((10, 4))
+    for chunks in ((5, 4), (4, 4)):
+        array = da.from_array(values, chunks=chunks)
+        lazy = model.map(array, method_name=method)
+        np.testing.assert_equal(lazy.shape, shape)
+        assert lazy.dtype == dtype
+        blocks = np.split(values, np.cumsum(array.chunks[0])[:-1])
+        expected = np.concatenate([getattr(Shapes(), method)(b) for b in blocks])
+        np.testing.assert_array_equal(lazy.compute(), expected)
+        np.testing.assert_allclose(lazy.max(axis=0), expected.max(axis=0))
+        assert lazy.T.compute().shape == expected.T.shape
+
+
+def test_an_array_of_unknown_rows_or_shape(site: Site) -> None:
+    model = site.deploy(Shapes)
+    array = da.ones((10, 4), chunks=(5, 4))
+    unknown = array[array[:, 0] > 0]
+    assert model.map(unknown, method_name="wider").compute().shape == (10, 3)
+    columns = array[:, array[0] > 0]
+    with pytest.raises(TypeError, match="dtype= and chunks="):
+        model.map(columns, method_name="wider")
+    with pytest.raises(TypeError, match="an entry for each row"):
+        model.map(array, method_name="total")
+    lazy = model.map(array.rechunk((10, 4)), method_name="total")
+    assert (lazy.shape, lazy.compute()) == ((), 40)
+    lazy = model.map(array, method_name="wider", dtype="float32")
+    assert (lazy.shape, lazy.dtype) == ((10, 3), "float32")
+    lazy = model.map(array, method_name="best", drop_axis=1)
+    assert (lazy.shape, lazy.dtype) == ((10,), "int64")
