@@ -16,7 +16,8 @@ from daskserve.replica.methods import is_threaded
 from daskserve.session import Session, current_session
 
 #: What of the options reads back as it was given.
-_READABLE = frozenset(DeploymentOptions.model_fields) - {"route_prefix"}
+_READABLE = {name: name for name in DeploymentOptions.model_fields}
+_READABLE["max_concurrent_queries"] = "max_ongoing_requests"  # its older name
 
 
 class Deployment:
@@ -74,7 +75,7 @@ class Deployment:
 
     def __getattr__(self, name: str) -> Any:
         if name in _READABLE:
-            return getattr(self._options, name)
+            return getattr(self._options, _READABLE[name])
         raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
 
     # What can be done with it.
@@ -378,13 +379,13 @@ class Deployment:
 
 
 @overload
-def deployment(target: Callable[..., Any], /) -> Deployment: ...
+def deployment(target: Callable[..., Any], /, **options: Any) -> Deployment: ...
 @overload
 def deployment(
-    target: None = None, /, **options: Any
+    target: str | None = None, /, **options: Any
 ) -> Callable[[Callable[..., Any]], Deployment]: ...
 def deployment(
-    target: Callable[..., Any] | None = None, /, **options: Any
+    target: Callable[..., Any] | str | None = None, /, **options: Any
 ) -> Deployment | Callable[[Callable[..., Any]], Deployment]:
     """Make a deployment of a class or a function; a decorator, with options or without.
 
@@ -393,6 +394,8 @@ def deployment(
 
     Parameters
     ----------
+    target
+        The class or function, or the name of the deployment.
     **options
         ``name`` (default: the class's), ``route_prefix`` (default ``/{name}``, None for
         no HTTP), ``num_replicas`` (1), ``init_args``, ``init_kwargs``, ``version``,
@@ -445,10 +448,12 @@ def deployment(
     ... def hello(request):
     ...     return "Hello, world!"
     """
-    if target is not None:
-        if options or not _deployable(target):
-            raise _not_deployable(target)
-        return _named(target, {})
+    if isinstance(target, str):
+        if "name" in options:
+            raise TypeError(f"two names: {target!r} and name={options['name']!r}")
+        options["name"] = target
+    elif target is not None:
+        return _named(target, options)
     # Checked now, so that a mistake shows where it stands.
     _checked({"name": "name", **options})
 

@@ -1023,6 +1023,23 @@ def test_deployments_can_be_pickled(dump: Any) -> None:
         assert copy.name == deployment.name
 
 
+def test_ways_to_give_a_name_and_options() -> None:
+    def plain() -> None: ...
+
+    assert serve.deployment("first", num_replicas=2)(plain).name == "first"
+    assert serve.deployment("first")(plain).route_prefix is None
+    called = serve.deployment(plain, name="called", max_concurrent_queries=3)
+    assert (called.name, called.max_ongoing_requests) == ("called", 3)
+    assert called.max_concurrent_queries == 3
+    assert serve.deployment(plain).name == "plain"
+    with pytest.raises(TypeError, match="two names: 'a' and name='b'"):
+        serve.deployment("a", name="b")
+    with pytest.raises(ValueError, match="num_replica"):
+        serve.deployment("a", num_replica=2)
+    with pytest.raises(ValueError, match="name"):
+        serve.deployment("")
+
+
 @pytest.mark.parametrize("target", [42, "text", None, object(), Module])
 def test_undeployable_targets(target: object) -> None:
     with pytest.raises(TypeError, match="class or a function"):

@@ -717,7 +717,7 @@ def test_request_passed_on(kit: serve.DeploymentHandle, url: str, kind: str) -> 
         assert reply.json()[-1] == "read before"
 
 
-def test_callable_that_takes_nothing(kit: serve.DeploymentHandle) -> None:
+def test_arguments_that_are_not_taken(kit: serve.DeploymentHandle) -> None:
     @serve.deployment
     def empty() -> str:
         return "empty"
@@ -730,9 +730,19 @@ def test_callable_that_takes_nothing(kit: serve.DeploymentHandle) -> None:
     empty_async.deploy()
     for handle in (empty.get_handle(), empty_async.get_handle()):
         assert handle.remote().result(timeout_s=10) == "empty"
-        assert handle.remote("given").result(timeout_s=10) == "empty"
+        assert httpx.get(
+            f"{serve.get_deployment(handle.deployment_name).url}"
+        ).text == (
+            "empty"  # only HTTP's request may be left out
+        )
+        with pytest.raises(TypeError, match="takes 0 positional arguments but 1 was"):
+            handle.remote("given").result(timeout_s=10)
     for handle in (kit.nothing, kit.nothing_async):
-        assert handle.remote("given").result(timeout_s=10) == "nothing"
+        assert handle.remote().result(timeout_s=10) == "nothing"
+        with pytest.raises(TypeError, match="positional argument"):
+            handle.remote("given").result(timeout_s=10)
+        with pytest.raises(TypeError, match="'threshold'"):
+            handle.remote(threshold=0.5).result(timeout_s=10)
 
 
 # What runs in the replica.

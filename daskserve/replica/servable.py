@@ -89,7 +89,8 @@ class Servable:
         self._spec = spec
         self._context = context
         self._lifespan: Lifespan | None = None
-        self._takes_arguments: dict[str, bool] = {}
+        #: Whether what answers HTTP takes the request, or nothing.
+        self._takes_request: bool | None = None
         self._threads = SyncThreads(
             loop,
             f"daskserve-sync-{spec.tag}",
@@ -268,7 +269,10 @@ class Servable:
                 f"Deployment {self._spec.deployment!r} cannot answer HTTP: its class "
                 f"has neither __call__ nor @serve.ingress(app)."
             )
-        return await self.call("__call__", (request,), {}, finish)
+        if self._takes_request is None:
+            self._takes_request = takes_arguments(self.object)
+        args = (request,) if self._takes_request else ()
+        return await self._invoke(self.object, args, {}, finish)
 
     async def call(
         self,
@@ -277,7 +281,7 @@ class Servable:
         kwargs: dict[str, Any],
         finish: Callable[[Any], Any] | None = None,
     ) -> Any:
-        """Call a method by name; one that takes nothing is called with nothing.
+        """Call a method by name.
 
         Parameters
         ----------
@@ -293,11 +297,6 @@ class Servable:
             There is none of this name; the text lists those there are.
         """
         method = self._method(method_name)
-        takes = self._takes_arguments.get(method_name)
-        if takes is None:
-            takes = self._takes_arguments[method_name] = takes_arguments(method)
-        if not takes:
-            args, kwargs = (), {}
         return await self._invoke(method, args, kwargs, finish)
 
     async def iterate(
