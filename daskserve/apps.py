@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import count
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
+
+from distributed import Future
 
 from daskserve import local as local_apps
+from daskserve.arguments import finished
 from daskserve.composition import (
     DEFAULT_APP,
     Application,
@@ -20,6 +23,9 @@ from daskserve.controller.records import Spec
 from daskserve.deployment import Deployment
 from daskserve.handle import DeploymentHandle
 from daskserve.session import Session, current_session
+
+#: What is wanted, the Dask futures among its arguments, and its ``prev_version``.
+Made: TypeAlias = tuple[Spec, list[Future[Any]], str | None]
 
 
 def run(
@@ -168,12 +174,10 @@ def _check_name(name: object) -> None:
 
 def _stages(
     target: Application, app: str, route_prefix: str | Default | None
-) -> list[list[Node[tuple[Spec, str | None]]]]:
+) -> list[list[Node[Made]]]:
     """Name and pickle all that is bound: all errors of what users wrote come here."""
 
-    def make(
-        node: Node[tuple[Spec, str | None]], pickler: MakePickler
-    ) -> tuple[Spec, str | None]:
+    def make(node: Node[Made], pickler: MakePickler) -> Made:
         deployment: Deployment = node.application.deployment
         prefix = None
         if node.application is target:
@@ -182,7 +186,7 @@ def _stages(
                 own = deployment._options.route_prefix
                 prefix = "/" if isinstance(own, Default) else own
         named = deployment.options(name=node.name, route_prefix=prefix)
-        return named._spec(pickler), deployment.prev_version
+        return *named._spec(pickler), deployment.prev_version
 
     def handle(name: str) -> Any:
         return DeploymentHandle, (name,)
@@ -191,17 +195,20 @@ def _stages(
 
 
 async def _run(
-    session: Session, app: str, stages: list[list[Node[tuple[Spec, str | None]]]]
+    session: Session, app: str, stages: list[list[Node[Made]]]
 ) -> DeploymentHandle:
     places = count()
+    awaited: list[Future[Any]] = []
 
-    def message(node: Node[tuple[Spec, str | None]]) -> dict[str, Any]:
+    def message(node: Node[Made]) -> dict[str, Any]:
         assert node.made is not None
-        spec, prev_version = node.made
+        spec, futures, prev_version = node.made
+        awaited.extend(futures)
         placed = replace(spec, app=app, app_place=next(places))
         return {"spec": placed.to_message(), "prev_version": prev_version}
 
     messages = [[message(node) for node in stage] for stage in stages]
+    await finished(awaited)
     await session.rpc("serve_run", app=app, stages=messages)
     return DeploymentHandle(stages[-1][0].name)
 

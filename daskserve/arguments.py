@@ -14,10 +14,11 @@ from collections import Counter
 from concurrent.futures import InvalidStateError
 from typing import Any
 
-from distributed import Future, wait
+from distributed import Future, get_client, wait
 
+from daskserve.replica.context import current_replica
 from daskserve.response_stream import error_of
-from daskserve.session import Session
+from daskserve.session import ClientSession, Session, WorkerSession, current_session
 from daskserve.transport.calls import Answer, CallRequest
 from daskserve.transport.messages import RESULT
 from daskserve.transport.values import Awaited
@@ -31,6 +32,34 @@ def send(request: CallRequest, awaited: Awaited, session: Session) -> None:
         _send_when_done(request, awaited.futures, session)
     else:
         session.calls.send(request)
+
+
+async def finished(futures: list[Future[Any]]) -> None:
+    """Wait for Dask futures, on their client's loop, and raise if one fails."""
+    # What `get_deployment` gives has no client: its values are on the cluster.
+    futures = [future for future in futures if future.client is not None]
+    if not futures:
+        return
+    client: Any = futures[0].client
+    with client.as_current():
+        await wait(futures)
+    for future in futures:
+        if future.status != "finished":
+            await client.gather(future, asynchronous=True)  # raises its error
+
+
+def compute(collection: Any) -> Future[Any]:
+    """Compute a Dask collection by the client of the code that runs."""
+    session, context = current_session(), current_replica.get()
+    client: Any
+    if isinstance(session, ClientSession):
+        client = session.client
+    elif isinstance(session, WorkerSession) and context is not None:
+        client = context._replica.clients.get()
+    else:
+        client = get_client()
+    future: Future[Any] = client.compute(collection)
+    return future
 
 
 def fail(answer: Answer, error: BaseException) -> None:
@@ -73,11 +102,7 @@ def _send_when_done(
 
     async def wait_and_send() -> None:
         try:
-            with client.as_current():
-                await wait(futures)
-            for future in futures:
-                if future.status != "finished":
-                    await client.gather(future, asynchronous=True)  # raises its error
+            await finished(futures)
             request.near = await _near(client, futures)
         except (Exception, asyncio.CancelledError) as err:
             fail(request.answer, err)

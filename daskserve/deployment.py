@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast, overload
 
+from distributed import Future
+
 from daskserve import pickling
+from daskserve.arguments import compute, finished
 from daskserve.composition import Application, MakePickler
 from daskserve.config import AutoscalingConfig, Default, DeploymentOptions
 from daskserve.controller.records import Spec
@@ -14,6 +18,7 @@ from daskserve.handle import DeploymentHandle
 from daskserve.mapping import map_collection
 from daskserve.replica.methods import is_threaded
 from daskserve.session import Session, current_session
+from daskserve.transport import values
 
 #: What of the options reads back as it was given.
 _READABLE = {name: name for name in DeploymentOptions.model_fields}
@@ -109,7 +114,9 @@ class Deployment:
         ----------
         *init_args, **init_kwargs
             Arguments of the constructor; without any, the options' ``init_args`` and
-            ``init_kwargs``.
+            ``init_kwargs``. A Dask future among them, at any depth, is waited for and
+            arrives as its value, from worker to worker, and a collection is computed;
+            the values are kept on the cluster for as long as a version needs them.
 
         Raises
         ------
@@ -132,9 +139,9 @@ class Deployment:
         options = self._options
         if init_args or init_kwargs:
             options = options.replace(init_args=init_args, init_kwargs=init_kwargs)
-        spec = Deployment(self._target, options)._spec()
         session = current_session()
-        return session.run(_deploy, session, spec, options.prev_version)
+        spec, futures = Deployment(self._target, options)._spec()
+        return session.run(_deploy, session, spec, options.prev_version, futures)
 
     def rollback(self, *, to: int | None = None) -> Any:
         """Deploy what was deployed under this name before, and wait until it runs.
@@ -301,8 +308,12 @@ class Deployment:
             return self._target
         return pickling.dumps(self._target, what=f"deployment {self._options.name!r}")
 
-    def _spec(self, pickler: MakePickler = pickling.Pickler) -> Spec:
+    def _spec(
+        self, make_pickler: MakePickler = pickling.Pickler
+    ) -> tuple[Spec, list[Future[Any]]]:
+        """Return what is wanted, and the Dask futures among the arguments."""
         options = self._options
+        pickler = values.FuturePickler(make_pickler, compute)
         self._check_arguments(options)
         name = options.name
         init = (options.init_args, options.init_kwargs)
@@ -310,7 +321,7 @@ class Deployment:
         code = self._code()
         if code is not self._target:
             pickling.check_code(code, self._target, what=f"deployment {name!r}")
-        return Spec(
+        spec = Spec(
             name=name,
             version=options.version,
             code=code,
@@ -347,6 +358,9 @@ class Deployment:
             threads=options.threads,
             abandoned_call_timeout_s=options.abandoned_call_timeout_s,
         )
+        futures = list(pickler.futures.values())
+        keys = tuple(dict.fromkeys(future.key for future in futures))
+        return replace(spec, future_keys=keys), futures
 
     def _check_arguments(self, options: DeploymentOptions) -> None:
         target = self._target
@@ -495,7 +509,13 @@ def _not_deployable(target: object) -> TypeError:
     )
 
 
-async def _deploy(session: Session, spec: Spec, prev_version: str | None) -> None:
+async def _deploy(
+    session: Session,
+    spec: Spec,
+    prev_version: str | None,
+    futures: list[Future[Any]],
+) -> None:
+    await finished(futures)
     message = spec.to_message()
     await session.rpc("serve_deploy", spec=message, prev_version=prev_version)
 

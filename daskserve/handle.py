@@ -9,7 +9,6 @@ from collections.abc import Generator
 from datetime import timedelta
 from typing import Any
 
-from distributed import Future, get_client
 from distributed.actor import BaseActorFuture
 
 from daskserve import arguments, packing, pickling
@@ -22,7 +21,7 @@ from daskserve.response_stream import (
     error_of,
     settled,
 )
-from daskserve.session import ClientSession, Session, WorkerSession, current_session
+from daskserve.session import Session, current_session
 from daskserve.transport import values
 from daskserve.transport.affinity import Session as CallSession
 from daskserve.transport.calls import Answer, CallRequest
@@ -289,7 +288,7 @@ class DeploymentHandle:
             else:
                 return self._remote_later(session, context, unread, args, kwargs)
         request = self._request(session, context)
-        awaited = self._fill(request, session, context, args, kwargs)
+        awaited = self._fill(request, args, kwargs)
         arguments.send(request, awaited, session)
         return _response(request, session, context, awaited.futures)
 
@@ -308,7 +307,7 @@ class DeploymentHandle:
             try:
                 for request in unread:
                     await request.body()
-                awaited = self._fill(call, session, context, args, kwargs)
+                awaited = self._fill(call, args, kwargs)
                 arguments.send(call, awaited, session)
             except Exception as err:
                 arguments.fail(call.answer, err)
@@ -335,20 +334,13 @@ class DeploymentHandle:
     def _fill(
         self,
         request: CallRequest,
-        session: Session,
-        context: ReplicaContext | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> values.Awaited:
         """Put the arguments into a call; return what has its value elsewhere."""
-
-        def compute(collection: Any) -> Future[Any]:
-            future: Future[Any] = _client(session, context).compute(collection)
-            return future
-
         what = f"an argument of {self._deployment}.{self._method_name}()"
         request.arguments, awaited = values.pack_arguments(
-            args, kwargs, what=what, compute=compute
+            args, kwargs, what=what, compute=arguments.compute
         )
         if awaited.futures:
             request.future_keys = tuple(future.key for future in awaited.futures)
@@ -413,15 +405,6 @@ def _response(
     if request.items is not None:
         return DeploymentResponseGenerator(answer, request.items, session, keep_alive)
     return DeploymentResponse(answer, session, keep_alive)
-
-
-def _client(session: Session, context: ReplicaContext | None) -> Any:
-    """Return the Dask client that computes collections for the code that runs."""
-    if isinstance(session, ClientSession):
-        return session.client
-    if isinstance(session, WorkerSession) and context is not None:
-        return context._replica.clients.get()
-    return get_client()
 
 
 def _is_running(loop: asyncio.AbstractEventLoop) -> bool:

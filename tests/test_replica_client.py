@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dask.array as da
 import distributed
 import httpx
 import pytest
@@ -204,3 +205,58 @@ def test_a_future_that_is_returned_is_its_value(
     with pytest.raises(OSError, match="of a task"):
         handle.failing_future.remote().result(timeout_s=10)
     assert httpx.get(site.at(plain), params={"n": 7}).text == "49"
+
+
+class Weighted:
+    def __init__(self, weights: Any, *, bias: Any = 0) -> None:
+        self.weights, self.bias = weights, bias
+
+    def __call__(self) -> Any:
+        return int(sum(self.weights["w"])) + self.bias
+
+
+def keys_kept(dask_scheduler: Any) -> set[str]:
+    client = dask_scheduler.clients.get("daskserve-arguments")
+    return set() if client is None else {ts.key for ts in client.wants_what}
+
+
+def test_futures_among_the_arguments_of_a_constructor(site: Site) -> None:
+    weights = site.client.submit(list, (1, 2, 3), pure=False)
+    bias = site.client.submit(square, 3, pure=False)
+    lazy = da.ones(4, chunks=2) * 2
+    model = site.deploy(Weighted, {"w": weights}, where="near", version="1")
+    call = model.get_handle()
+    assert call.remote().result(timeout_s=10) == 6
+    key = weights.key
+    assert site.client.run_on_scheduler(keys_kept) == {key}
+    del weights
+    # A replica that comes later has them, too; and so has a former version.
+    found = serve.get_deployment(model.name)
+    found.options(num_replicas=2, workers=None).deploy()
+    model.options(version="2").deploy({"w": lazy}, bias=bias)
+    del bias
+    assert call.remote().result(timeout_s=10) == 17
+    serve.get_deployment(model.name).rollback()
+    assert call.remote().result(timeout_s=10) == 6
+    model.delete()
+    assert site.client.run_on_scheduler(keys_kept) == set()
+    poll(lambda: key not in site.client.who_has())
+
+
+def test_a_future_that_fails_among_the_arguments(site: Site) -> None:
+    model = site.make(Weighted)
+    future = site.client.submit(fail, "no weights", pure=False)
+    with pytest.raises(OSError, match="no weights"):
+        model.deploy({"w": future})
+    assert model.name not in serve.list_deployments()
+
+
+def test_futures_among_what_is_bound(site: Site) -> None:
+    weights = site.client.submit(list, (4, 5), pure=False)
+    bound = serve.deployment(Weighted).bind({"w": weights}, bias=1)
+    handle = serve.run(bound, name="bound", route_prefix=None)
+    assert handle.remote().result(timeout_s=10) == 10
+    del weights, bound
+    found = serve.get_deployment(f"bound:{Weighted.__name__}")
+    found.options(num_replicas=2).deploy()  # with the arguments that it has
+    serve.delete("bound")

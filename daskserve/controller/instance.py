@@ -29,6 +29,7 @@ from daskserve.controller.apps import Apps
 from daskserve.controller.health import HealthBoard, Trouble, note_silence
 from daskserve.controller.journal import Journal
 from daskserve.controller.keeper import StateKeeper
+from daskserve.controller.kept_values import keep_values
 from daskserve.controller.launcher import Launcher, is_ours
 from daskserve.controller.leaving import LeaveBoard, needed_workers
 from daskserve.controller.placement import WorkerView
@@ -164,6 +165,7 @@ class Instance:
         await self.proxies.close()
         self.publisher.publish({"routes": {}, "deployments": {}})
         await self._launcher.close()
+        keep_values(self._scheduler, set())
         if self._loop_task is not None:
             await asyncio.wait([self._loop_task], timeout=5)
         for task in list(self._tasks):
@@ -521,7 +523,9 @@ class Instance:
         future = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = future
         self._wake.set()
+        keep_values(self._scheduler, self._state.future_keys())
         result: Failure | None = await future
+        keep_values(self._scheduler, self._state.future_keys())
         return result
 
     def _views(self) -> dict[str, WorkerView]:

@@ -111,6 +111,7 @@ class Launcher:
             deployment=action.spec.name,
             code=action.spec.code,
             init=action.spec.init,
+            future_keys=action.spec.future_keys,
             user_config=action.spec.user_config,
             config_generation=action.config_generation,
             max_ongoing_requests=action.spec.max_ongoing_requests,

@@ -69,6 +69,8 @@ class Spec:
         Seconds that a sync call may run on for which nobody waits. None: for ever.
     session_affinity
         The kind of what has a session's id, and its name. None: no affinity.
+    future_keys
+        Of Dask's tasks whose values are among the constructor's arguments.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Spec:
     max_websockets: int = 1000
     abandoned_call_timeout_s: float | None = 600.0
     session_affinity: Mapping[str, str] | None = None
+    future_keys: tuple[Any, ...] = ()
 
     @property
     def watch(self) -> Watch:
@@ -127,6 +130,7 @@ class Spec:
             If a field is missing or unknown.
         """
         plain = dict(message)
+        plain["future_keys"] = tuple(plain.get("future_keys", ()))
         if "workers" in plain:
             plain["workers"] = tuple(plain["workers"])
         if "resources" in plain:

@@ -585,6 +585,15 @@ class ControllerState:
         """
         return reports.status_of(self._live.values(), self._draining, now)
 
+    def future_keys(self) -> set[Any]:
+        """Return the keys of Dask's tasks whose values a version needs to start."""
+        specs = [
+            spec
+            for d in self._live.values()
+            for spec in (d.target.spec, *(v.spec for v in d.history.versions))
+        ]
+        return {key for spec in specs for key in spec.future_keys}
+
     def spec(self, name: str) -> Spec:
         """Look up what is wanted, or still serves if the last wish failed.
 

@@ -40,6 +40,8 @@ class ReplicaSpec:
     #: For how many seconds one may run on that nobody waits for; None: for ever.
     abandoned_call_timeout_s: float | None = None
     session_affinity: Mapping[str, str] | None = None
+    #: Of Dask's tasks whose values are in `init`.
+    future_keys: tuple[Any, ...] = ()
 
 
 class Replica:

@@ -282,7 +282,9 @@ class Runner:
         self._enter_outside()
         failure = None
         try:
-            await self._servable.construct()
+            keys = self.spec.future_keys
+            with values.given(await self.session.gather(keys) if keys else {}):
+                await self._servable.construct()
             if self._stopping:
                 return  # `_stop` has waited for what it ends
             self._enter_outside()

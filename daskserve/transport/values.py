@@ -6,13 +6,14 @@ replica happens to be.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import traceback
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pickle import PickleBuffer
-from typing import Any
+from typing import Any, cast
 
 from dask.base import is_dask_collection
 from distributed import Future
@@ -167,12 +168,60 @@ def unpack_arguments(
         values = dict(values)
         for number, result in enumerate(results):
             values[_RESULT, number] = packing.unpack(result)
+    with given(values):
+        args, kwargs = packing.unpack(packed)
+    return args, kwargs
+
+
+@contextlib.contextmanager
+def given(values: Mapping[Hashable, Any]) -> Iterator[None]:
+    """Let what stands in the place of Dask futures be these, by key, in what loads."""
     token = _future_values.set(values)
     try:
-        args, kwargs = packing.unpack(packed)
+        yield
     finally:
         _future_values.reset(token)
-    return args, kwargs
+
+
+class FuturePickler:
+    """Makes picklers that take note of Dask futures.
+
+    They load as their values where these are `given`, else as futures.
+
+    Parameters
+    ----------
+    make
+        Makes the pickler.
+    compute
+        Starts the computation of a Dask collection and returns its future.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[io.BytesIO], pickling.Pickler],
+        compute: Callable[[Any], Future[Any]],
+    ) -> None:
+        self.futures: dict[int, Future[Any]] = {}
+        self._make = make
+        self._compute = compute
+
+    def __call__(self, file: io.BytesIO) -> pickling.Pickler:
+        """Make one."""
+        pickler: Any = self._make(file)
+        reduce_others = pickler.reducer_override
+
+        def reduce(obj: Any) -> Any:
+            if isinstance(obj, Future):
+                self.futures[id(obj)] = obj
+                return _value_or_future, (obj.key,)
+            if hasattr(type(obj), "__dask_graph__") and is_dask_collection(obj):
+                future = self.futures.get(id(obj)) or self._compute(obj)
+                self.futures[id(obj)] = future
+                return _value_or_future, (future.key,)
+            return reduce_others(obj)
+
+        pickler.reducer_override = reduce
+        return cast("pickling.Pickler", pickler)
 
 
 def unread_requests(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Request]:
@@ -238,6 +287,11 @@ def _cannot_compute(collection: Any) -> Future[Any]:
         f"a Dask collection ({type(collection).__name__}) needs a Dask client, and "
         f"there is none in this process"
     )
+
+
+def _value_or_future(key: Any) -> Any:
+    values = _future_values.get(None)
+    return Future(key) if values is None else values[key]
 
 
 def _value_of(key: Hashable) -> Any:
