@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
+import ipaddress
 import json
-import os
+import re
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, KeysView, Mapping, ValuesView
+from decimal import Decimal
+from enum import Enum
+from pathlib import PurePath
+from types import GeneratorType
 from typing import Any
 
 import orjson
-from fastapi.encoders import ENCODERS_BY_TYPE
 from starlette.responses import Response, StreamingResponse
 
 TEXT = b"text/plain; charset=utf-8"
 BYTES = b"application/octet-stream"
 JSON = b"application/json"
+
+#: What JSON has as a list; named tuples come to `_plain`, too.
+_SEQUENCES = (set, frozenset, tuple, deque, range, GeneratorType, KeysView, ValuesView)
+#: What JSON has as text.
+_TEXTS = (
+    *(uuid.UUID, PurePath),
+    *(ipaddress.IPv4Address, ipaddress.IPv4Interface, ipaddress.IPv4Network),
+    *(ipaddress.IPv6Address, ipaddress.IPv6Interface, ipaddress.IPv6Network),
+)
 
 _OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 
@@ -32,7 +47,7 @@ def encode(result: Any) -> tuple[bytes, bytes] | Response:
     result
         What user code returned: a ``Response``, ``str``, ``bytes``, None, a generator
         of ``str`` or ``bytes`` (sync or async), or what JSON can express; numpy,
-        pandas, dataclasses, pydantic and what FastAPI encodes included.
+        pandas, dataclasses, pydantic, datetime and UUID included.
 
     Raises
     ------
@@ -51,6 +66,8 @@ def encode(result: Any) -> tuple[bytes, bytes] | Response:
         return TEXT, b""
     if isinstance(result, Iterator | AsyncIterator):
         return StreamingResponse(result, media_type="text/plain")
+    if _numpy_time(result) == "M":  # orjson writes NaT as a date
+        result = result.astype("M8[us]").tolist()
     return JSON, to_json(result)
 
 
@@ -102,8 +119,10 @@ def _key(key: Any) -> Any:
     """Return a key, of numpy's or a date too, as JSON can have it."""
     if hasattr(key, "isoformat"):
         return key.isoformat()
-    if isinstance(key, uuid.UUID):
+    if isinstance(key, _TEXTS):
         return str(key)
+    if isinstance(key, Decimal | Enum):
+        return str(key) if isinstance(key, Decimal) else key.value
     return key.item() if hasattr(key, "item") else key
 
 
@@ -112,47 +131,62 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "model_dump"):  # pydantic
         return value.model_dump(mode="json")
     if hasattr(value, "to_dict"):  # pandas
-        return _with_plain_keys(_of_pandas(value))
+        _refuse_doubles(value)
+        if hasattr(value, "columns"):
+            rows = value.to_dict(orient="records")
+            plain = all(isinstance(label, str) for label in value.columns)
+            return rows if plain else _with_plain_keys(rows)
+        return _with_plain_keys(value.to_dict())
     if type(value).__name__ in ("NAType", "NaTType"):  # pandas' for what is missing
         return None
+    if isinstance(value, dt.timedelta):  # pandas' are such
+        return value.total_seconds()
     if hasattr(value, "tolist"):  # numpy, where orjson's own support ends
-        if getattr(value, "dtype", None) is not None and value.dtype.kind == "m":
-            value = value / value.dtype.type(1, "s")  # in seconds, as other durations
-        return value.tolist()
-    if isinstance(value, tuple | range):  # named ones come here
-        return list(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    for kind in type(value).__mro__:
-        if (encode := ENCODERS_BY_TYPE.get(kind)) is not None:
-            return encode(value)
+        return _numpy_seconds(value) if _numpy_time(value) == "m" else value.tolist()
     if hasattr(value, "isoformat"):
         return value.isoformat()
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if type(value).__name__ == "Period":  # pandas'
+    if isinstance(value, _SEQUENCES):
+        return list(value)
+    if isinstance(value, Decimal):
+        exponent = value.as_tuple().exponent  # as FastAPI does; a letter if it is NaN
+        whole = isinstance(exponent, int) and exponent >= 0
+        return int(value) if whole else float(value)
+    if isinstance(value, _TEXTS) or type(value).__name__ in ("Period", "Interval"):
         return str(value)
+    if isinstance(value, re.Pattern):
+        return value.pattern
+    if isinstance(value, Mapping):
+        return _with_plain_keys(dict(value))
+    if isinstance(value, bytes):
+        return value.decode()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     raise TypeError(f"{_name(value)} has no JSON form")
 
 
-def _of_pandas(value: Any) -> Any:
-    """Return the rows of a table, or the values of a series by their labels."""
-    is_table = hasattr(value, "columns")
-    labels: Any = value.columns if is_table else getattr(value, "index", None)
-    if getattr(labels, "is_unique", True) is False:
-        what = "columns" if is_table else "index"
+def _numpy_time(value: Any) -> str:
+    """Return "M" for numpy's dates and "m" for its durations, else ""."""
+    if type(value).__module__ != "numpy":
+        return ""
+    kind: str = value.dtype.kind if hasattr(value, "dtype") else ""
+    return kind if kind in "Mm" else ""
+
+
+def _numpy_seconds(value: Any) -> Any:
+    import numpy as np
+
+    return (value / np.timedelta64(1, "s")).tolist()  # NaN, and so null, for NaT
+
+
+def _refuse_doubles(value: Any) -> None:
+    """Refuse pandas' values whose labels JSON could have only once."""
+    labels = getattr(value, "columns", getattr(value, "index", None))
+    if labels is not None and not labels.is_unique:
+        doubles = sorted(set(map(repr, labels[labels.duplicated()])))
         raise TypeError(
-            f"{_name(value)} has no JSON form without loss: its {what} has the label "
-            f"{labels[labels.duplicated()][0]!r} twice"
+            f"its labels {', '.join(doubles[:5])} stand there more than once, and an "
+            f"object in JSON has each once: rename them, or reset_index()"
         )
-    if not is_table:
-        return value.to_dict()
-    if getattr(value.index, "nlevels", 1) > 1:
-        raise TypeError(
-            f"{_name(value)} has no JSON form without loss: rows have no labels, and "
-            "its index has several levels; return it with reset_index()"
-        )
-    return value.to_dict(orient="records")
 
 
 def _name(value: object) -> str:
