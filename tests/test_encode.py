@@ -201,6 +201,10 @@ def test_what_the_standard_library_and_pandas_have(result: Any, expected: Any) -
         (pd.DataFrame([[1, 2]], columns=["a", "a"]), "'a' stand there more than once"),
         (pd.Series([1, 2], index=["x", "x"]), "'x' stand there more than once"),
         (pd.Series([1], index=pd.MultiIndex.from_tuples([("a", 1)])), "tuple"),
+        (
+            pd.DataFrame([[1]], index=pd.MultiIndex.from_tuples([("a", 1)])),
+            "several levels",
+        ),
         (np.timedelta64(3, "M"), "numpy.timedelta64"),
         ({(1, 2): 3}, "tuple"),
         (1j, "complex"),

@@ -60,7 +60,7 @@ NOT_WANTED = [
 #: Libraries that only some modules import.
 OWNERS = {
     "click": ["cli", "preload"],
-    "fastapi": ["demo*", "frozen_app", "ingress", "replica.encode"],
+    "fastapi": ["demo*", "frozen_app", "ingress"],
     "uvicorn": ["proxy.*protocol", "proxy.express", "proxy.guard", "proxy.server"],
 }
 #: Modules that never import distributed, themselves or by way of another module ...

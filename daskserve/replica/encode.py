@@ -187,6 +187,10 @@ def _refuse_doubles(value: Any) -> None:
             f"its labels {', '.join(doubles[:5])} stand there more than once, and an "
             f"object in JSON has each once: rename them, or reset_index()"
         )
+    if hasattr(value, "columns") and value.index.nlevels > 1:
+        raise TypeError(
+            "its index has several levels, and rows in JSON have none: reset_index()"
+        )
 
 
 def _name(value: object) -> str:
