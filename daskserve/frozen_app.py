@@ -25,14 +25,15 @@ from daskserve.class_routes import Binding, ClassRoutes, functions_of
 from daskserve.culprits import describe, unloadable
 from daskserve.exceptions import PicklingError
 from daskserve.pickling import Pickler, dumps, loads
+from daskserve.reducers import BY_NAME
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class FrozenApp:
     """An app as it was when it was frozen, without other classes' routes."""
 
-    #: The pickled app and its own routes, in which functions and classes that travel
-    #: by value are numbers.
+    #: The pickled app and its own routes, in which functions, classes and what else has
+    #: a name are numbers, if they travel by value.
     data: bytes
     #: What the numbers stand for. It travels in one pickle with the class, when that is
     #: deployed: `super()` finds the class itself, a dependency and its override are one
@@ -192,7 +193,7 @@ class _Freezer:
 
     def is_part(self, obj: Any) -> bool:
         """Whether an object stays out of the app's pickle."""
-        if not isinstance(obj, FunctionType | type):
+        if not isinstance(obj, (FunctionType, type, *BY_NAME)):
             return False
         name = f"{obj.__module__}."
         by_value = any(name.startswith(f"{module}.") for module in self._modules)

@@ -64,7 +64,7 @@ def reduce_by_value(obj: Any) -> Any:
     make = _ALWAYS.get(kind)
     if make is not None:
         return make(obj)
-    make = _BY_NAME.get(kind)
+    make = BY_NAME.get(kind)
     if make is not None:
         return NotImplemented if is_importable(obj) else make(obj)
     if issubclass(kind, threading.local):
@@ -177,7 +177,7 @@ _ALWAYS: dict[type, Callable[[Any], Any]] = {
     contextvars.ContextVar: _reduce_context_variable,
 }
 #: These are what pickle knows by name.
-_BY_NAME: dict[type, Callable[[Any], Any]] = {
+BY_NAME: dict[type, Callable[[Any], Any]] = {
     functools._lru_cache_wrapper: lambda obj: (
         _cached,
         (obj.__wrapped__, obj.cache_parameters()),

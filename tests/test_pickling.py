@@ -298,6 +298,31 @@ def test_what_main_has_is_made_anew(tmp_path):
     }
 
 
+def test_a_cached_dependency_and_its_override_are_one_object(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import functools, sys\n"
+        "from typing import Annotated\n"
+        "from fastapi import Depends, FastAPI\n"
+        "from starlette.testclient import TestClient\n"
+        "from daskserve.ingress import find_ingress, ingress\n"
+        "from daskserve.pickling import dumps\n"
+        "@functools.lru_cache\n"
+        "def secret(): return 'real'\n"
+        "app = FastAPI()\n"
+        "app.dependency_overrides[secret] = lambda: 'fake'\n"
+        "@ingress(app)\n"
+        "class Shop:\n"
+        "    @app.get('/')\n"
+        "    def root(self, found: Annotated[str, Depends(secret)]): return found\n"
+        "def ask():\n"
+        "    with TestClient(find_ingress(Shop).build(Shop())) as client:\n"
+        "        return client.get('/').json()\n"
+        "sys.stdout.buffer.write(dumps(ask, what='it'))\n"
+    )
+    assert loads(run(script))() == "fake"
+
+
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="the statement is of 3.12")
 def test_type_statements_of_main(tmp_path):
     script = tmp_path / "script.py"
