@@ -1,55 +1,61 @@
-"""Is daskserve, of this version, on the scheduler and all workers? Client side.
+"""Is all of the cluster of one Python and one daskserve? Client side.
 
 Without these checks a missing package shows up as an unpickling error in some log, or
-as a worker that does not start.
+as a worker that does not start, and bytecode of another Python kills who runs it. So
+what comes before them travels as source.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
-from types import FunctionType
 from typing import Any
 
 import cloudpickle
 from distributed import Client
 
+from daskserve.controller.records import PYTHON
 from daskserve.exceptions import EnvironmentMismatchError
 
+_CALL = "(exec(source, namespace := {}), namespace[name](*args))[1]"
 
-def _probe() -> str | None:
+
+def _by_source(function: Callable[..., Any], *args: Any) -> tuple[str, dict[str, Any]]:
+    """Return what `eval` takes to call a function where this module is missing."""
+    source = inspect.getsource(function)
+    return _CALL, {"source": source, "name": function.__name__, "args": args}
+
+
+def _probe() -> tuple[str, str | None]:
     import importlib
+    import sys
     from importlib.metadata import version
 
+    python = "%d.%d" % sys.version_info[:2]  # noqa: UP031
     try:
         importlib.import_module("daskserve")
-        return version("daskserve")
+        return python, version("daskserve")
     except ImportError:  # PackageNotFoundError is one
-        return None
+        return python, None
 
 
-def _by_value(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a copy that is pickled by value, for where this module is missing."""
-    assert isinstance(function, FunctionType)
-    copy = FunctionType(
-        function.__code__, {"__builtins__": __builtins__}, function.__name__
-    )
-    copy.__module__ = "__main__"
-    return copy
-
-
-def _load(pickled: bytes) -> object:
+def _load(pickled: bytes, python: str) -> object:
     import logging
     import pickle
+    import sys
 
     from distributed.diagnostics.plugin import WorkerPlugin
 
+    here = "%d.%d" % sys.version_info[:2]  # noqa: UP031
     try:
+        if here != python:
+            raise ImportError(f"Python {here} runs here, on the scheduler {python}")
         return pickle.loads(pickled)
     except ImportError as err:
         logging.getLogger("distributed.worker").warning(
-            "daskserve cannot be imported here, so this worker serves nothing: %s", err
+            "daskserve cannot be used here, so this worker serves nothing: %s", err
         )
         return WorkerPlugin()
 
@@ -65,11 +71,11 @@ class _Guarded:
         self._plugin = plugin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _by_value(_load), (cloudpickle.dumps(self._plugin),)
+        return eval, _by_source(_load, cloudpickle.dumps(self._plugin), PYTHON)
 
 
 def guarded(plugin: object) -> bytes:
-    """Pickle a worker plugin so that it can be loaded where daskserve is missing.
+    """Pickle a worker plugin so that it can be loaded by any worker.
 
     Parameters
     ----------
@@ -79,15 +85,15 @@ def guarded(plugin: object) -> bytes:
     Returns
     -------
     bytes
-        For Dask's ``register_worker_plugin``. Where daskserve cannot be imported they
-        load as a plugin that does nothing but say so in the log.
+        For Dask's ``register_worker_plugin``. Where daskserve cannot be imported, or
+        Python is another one, they load as a plugin that only says so in the log.
     """
     pickled: bytes = cloudpickle.dumps(_Guarded(plugin))
     return pickled
 
 
 async def check(client: Client) -> None:
-    """Compare daskserve's version everywhere with the one here.
+    """Compare Python's minor version and daskserve's everywhere with those here.
 
     Parameters
     ----------
@@ -97,20 +103,24 @@ async def check(client: Client) -> None:
     Raises
     ------
     EnvironmentMismatchError
-        It is missing, or another one, somewhere; the text lists where.
+        One is missing, or another one, somewhere; the text lists where.
     """
-    here = version("daskserve")
-    probe = _by_value(_probe)
-    found = dict(await client.run(probe, on_error="return"))
-    found["the scheduler"] = await client.run_on_scheduler(probe)
+    here = PYTHON, version("daskserve")
+    probe = _by_source(_probe)
+    found = dict(await client.run(eval, *probe, on_error="return"))
+    found["the scheduler"] = await client.run_on_scheduler(eval, *probe)
     wrong = {where: there for where, there in sorted(found.items()) if there != here}
     if wrong:
-        listed = "; ".join(
-            f"{where}: {'missing' if there is None else there}"
-            for where, there in wrong.items()
-        )
+        listed = "; ".join(f"{at}: {_named(there)}" for at, there in wrong.items())
         raise EnvironmentMismatchError(
-            f"daskserve {here} is needed on the scheduler and all workers, as it is "
-            f"here ({sys.executable}). It is not so on {listed}. Install it there and "
-            f"restart them."
+            f"Python {here[0]} and daskserve {here[1]} are needed on the scheduler and "
+            f"all workers, as they are here ({sys.executable}). It is not so on "
+            f"{listed}. Install them there and restart, or take a client like these."
         )
+
+
+def _named(found: Any) -> str:
+    if isinstance(found, Exception):
+        return repr(found)
+    python, daskserve = found
+    return f"Python {python}, daskserve {daskserve or 'missing'}"

@@ -1,11 +1,13 @@
-"""daskserve missing, or of another version, somewhere on the cluster."""
+"""daskserve or Python missing, or of another version, somewhere on the cluster."""
 
 from __future__ import annotations
 
 import os
 import pickle
+import pickletools
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -13,6 +15,7 @@ import pytest
 
 import daskserve as serve
 from daskserve import environment
+from daskserve.controller.records import PYTHON
 from daskserve.exceptions import EnvironmentMismatchError
 from daskserve.worker import ServeWorkerPlugin
 from tests.utils import ROOT, ProcessCluster, poll
@@ -35,6 +38,18 @@ import importlib.metadata as metadata
 there = metadata.version
 metadata.version = lambda name: "0.0.1" if name == "daskserve" else there(name)
 """
+
+
+#: The Python of another minor version, with daskserve, which `.ci/pythons` names.
+OTHER_PYTHON = os.environ.get("OTHER_PYTHON", "")
+
+needs_other_python = pytest.mark.skipif(
+    not OTHER_PYTHON, reason="OTHER_PYTHON names none"
+)
+#: What Dask says of it.
+ignore_mismatch = pytest.mark.filterwarnings(
+    "ignore::distributed.versions.VersionMismatchWarning"
+)
 
 
 def start_with(directory: Path, text: str) -> dict[str, str]:
@@ -61,15 +76,15 @@ def test_one_error_lists_where_it_is_missing(tmp_path: Path) -> None:
         with cluster.client(), pytest.raises(EnvironmentMismatchError) as info:
             serve.start(http_options={"port": 0})
         text = str(info.value)
-        assert f"{addresses['w1']}: missing" in text
-        assert f"{addresses['w2']}: 0.0.1" in text
+        assert f"{addresses['w1']}: Python {PYTHON}, daskserve missing" in text
+        assert f"{addresses['w2']}: Python {PYTHON}, daskserve 0.0.1" in text
         assert addresses["w0"] not in text
 
 
 def test_missing_on_the_scheduler(tmp_path: Path) -> None:
     env = start_with(tmp_path, MISSING)
     with ProcessCluster(1, nanny=False, env=env) as cluster, cluster.client():
-        with pytest.raises(EnvironmentMismatchError, match="the scheduler: missing"):
+        with pytest.raises(EnvironmentMismatchError, match="the scheduler: .* missing"):
             serve.start(http_options={"port": 0})
 
 
@@ -85,7 +100,7 @@ def test_a_worker_without_it_may_join_later(tmp_path: Path) -> None:
             cluster.env = start_with(tmp_path, MISSING)
             cluster.add_worker()
             cluster.wait_for_workers(2)
-            poll(lambda: "cannot be imported here" in cluster.logs())
+            poll(lambda: "cannot be used here" in cluster.logs())
             hello.options(num_replicas=2).deploy()
             status = serve.status()
             address = names_and_addresses(cluster)["w0"]
@@ -121,3 +136,113 @@ print(type(plugin).__name__)
     )
     assert done.stdout.strip() == "WorkerPlugin"
     assert "this worker serves nothing" in done.stderr
+
+
+def test_what_comes_before_the_check_is_no_bytecode() -> None:
+    guarded = environment.guarded(ServeWorkerPlugin())
+    names = [arg for _, arg, _ in pickletools.genops(guarded) if isinstance(arg, str)]
+    assert names[:2] == ["builtins", "eval"]
+    assert "CodeType" not in guarded.decode(errors="replace")
+    code, namespace = environment._by_source(environment._probe)
+    assert eval(code, namespace)[0] == PYTHON
+    assert isinstance(namespace["source"], str)
+
+
+def test_plugins_of_another_python_load_as_idle_ones(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loaded = environment._load(b"\x80garbage", "3.99")
+    assert type(loaded).__name__ == "WorkerPlugin"
+    assert f"Python {PYTHON} runs here, on the scheduler 3.99" in caplog.text
+
+
+@pytest.fixture
+def other_version() -> str:
+    code = "import sys; print('%d.%d' % sys.version_info[:2])"
+    return subprocess.check_output([OTHER_PYTHON, "-c", code], text=True).strip()
+
+
+@needs_other_python
+@ignore_mismatch
+@pytest.mark.long
+def test_a_worker_of_another_python(other_version: str) -> None:
+    with ProcessCluster(1, nanny=False) as cluster, cluster.client():
+        worker = cluster.add_worker(python=OTHER_PYTHON)
+        cluster.wait_for_workers(2)
+        address = names_and_addresses(cluster)["w1"]
+        with pytest.raises(EnvironmentMismatchError) as info:
+            serve.start(http_options={"port": 0})
+        assert f"{address}: Python {other_version}, daskserve" in str(info.value)
+        assert names_and_addresses(cluster)["w0"] not in str(info.value)
+        time.sleep(0.5)
+        assert worker.poll() is None
+
+
+@needs_other_python
+@ignore_mismatch
+@pytest.mark.long
+def test_a_worker_of_another_python_may_join_later(other_version: str) -> None:
+    with ProcessCluster(1, nanny=False) as cluster, cluster.client():
+        with serve.start(http_options={"port": 0, "location": "EveryNode"}):
+            cluster.add_worker(python=OTHER_PYTHON)
+            cluster.wait_for_workers(2)
+            poll(lambda: f"Python {other_version} runs here" in cluster.logs())
+
+            @serve.deployment(num_replicas=2, route_prefix=None)
+            def where() -> str:
+                return "here"
+
+            where.deploy()
+            replicas = serve.status().deployments["where"].replicas
+            address = names_and_addresses(cluster)["w0"]
+            assert [replica.worker for replica in replicas] == [address] * 2
+            assert where.get_handle().remote().result(timeout_s=10) == "here"
+
+
+CLIENT = """
+import sys
+from distributed import Client
+import daskserve as serve
+
+@serve.deployment
+def hello():
+    return "hello"
+
+with Client(sys.argv[1]):
+    for attempt in (serve.start, serve.connect, hello.deploy, lambda: serve.run(hello.bind())):
+        try:
+            attempt()
+        except serve.ServeError as error:
+            print(type(error).__name__, error)
+        else:
+            print("fine")
+"""  # noqa: E501
+
+
+@needs_other_python
+@pytest.mark.long
+def test_a_client_of_another_python(other_version: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(CLIENT)
+    with ProcessCluster(1, nanny=False) as cluster, cluster.client():
+        with serve.start(http_options={"port": 0}):
+            done = subprocess.run(
+                [OTHER_PYTHON, "-W", "ignore", str(script), cluster.address],
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=50,
+            )
+            start, connect, *deploys = done.stdout.splitlines()
+            assert connect == "fine"
+            assert f"Python {other_version} and daskserve" in start
+            assert start.count(f": Python {PYTHON}, daskserve") == 2
+            assert len(deploys) == 2
+            for line in deploys:
+                name, _, text = line.partition(" ")
+                assert name == "EnvironmentMismatchError"
+                assert f"comes from Python {other_version}" in text
+                assert f"the scheduler has {PYTHON}" in text
+            assert serve.list_deployments() == {}
+            assert cluster.workers[0].poll() is None

@@ -79,11 +79,25 @@ def test_it_was_written_when_there_were_fewer_options(
 
     def before(spec: Spec) -> dict[str, Any]:
         message = plain(spec)
-        del message["threads"], message["abandoned_call_timeout_s"]
+        for new in ("threads", "abandoned_call_timeout_s", "python"):
+            del message[new]
         return message
 
     monkeypatch.setattr(Spec, "to_message", before)
     assert decode(encode(there, 0), 0) == there
+
+
+def test_code_of_another_python_is_not_brought_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig()
+    rig.healthy()
+    plain = Spec.to_message
+    other = {"python": "3.99"}
+    monkeypatch.setattr(Spec, "to_message", lambda spec: {**plain(spec), **other})
+    data = encode(journal(rig), 0)
+    with pytest.raises(UnreadableStateError, match="comes from Python 3.99"):
+        decode(data, 0)
 
 
 def test_equal_bytes_are_written_once() -> None:

@@ -19,8 +19,9 @@ from daskserve.controller.actions import (
     StopReplica,
 )
 from daskserve.controller.placement import WorkerView
-from daskserve.controller.records import Spec, last_line
+from daskserve.controller.records import PYTHON, Spec, last_line
 from daskserve.controller.state import ControllerState, default_max_failures
+from daskserve.exceptions import EnvironmentMismatchError
 
 TRACEBACK = "Traceback (most recent call last):\n  ...\nValueError: boom\n"
 
@@ -209,6 +210,12 @@ def test_spec_travels() -> None:
 def test_incomplete_spec() -> None:
     with pytest.raises(TypeError, match="version"):
         Spec.from_message({"name": "f"})
+
+
+def test_code_of_another_python_is_refused() -> None:
+    message = {**SPEC.to_message(), "python": "3.99"}
+    with pytest.raises(EnvironmentMismatchError, match=f"3.99.*has {PYTHON}"):
+        Spec.from_message(message)
 
 
 def test_same_code() -> None:

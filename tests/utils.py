@@ -185,7 +185,11 @@ class ProcessCluster:
         return Client(self.address, **kwargs)
 
     def add_worker(
-        self, *args: str, nanny: bool = False, nthreads: int | None = None
+        self,
+        *args: str,
+        nanny: bool = False,
+        nthreads: int | None = None,
+        python: str = sys.executable,
     ) -> Process:
         """Start one more worker; do not wait for it to arrive.
 
@@ -211,6 +215,7 @@ class ProcessCluster:
             "--nanny" if nanny else "--no-nanny",
             *self.worker_args,
             *args,
+            python=python,
         )
         self.workers.append(worker)
         return worker
@@ -275,9 +280,9 @@ class ProcessCluster:
             *self.scheduler_args,
         )
 
-    def _run(self, name: str, *args: str) -> Process:
+    def _run(self, name: str, *args: str, python: str = sys.executable) -> Process:
         before, options = self._place(name)
-        command = [*before, sys.executable, "-m", "dask", *args, *options]
+        command = [*before, python, "-m", "dask", *args, *options]
         command += ["--protocol", self.protocol, "--dashboard-address", "127.0.0.1:0"]
         if self.protocol == "tls":
             certificate, key = self.directory / "cert.pem", self.directory / "key.pem"

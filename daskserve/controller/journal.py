@@ -16,6 +16,7 @@ import msgpack
 from daskserve.controller.history import Version
 from daskserve.controller.records import OPAQUE, Spec
 from daskserve.controller.saved import SavedDeployment
+from daskserve.exceptions import EnvironmentMismatchError
 
 MAGIC = b"daskserve-state"
 FORMAT = 1
@@ -87,7 +88,8 @@ def decode(data: bytes, epoch: float) -> Journal | None:
     Raises
     ------
     UnreadableStateError
-        If one bit is not as it was written, or the format is a later one.
+        If one bit is not as it was written, or the format is a later one, or the code
+        is another Python's.
     """
     head, newline, packed = data.partition(b"\n")
     fields = head[:_MAX_HEADER_BYTES].split(b" ")
@@ -102,6 +104,8 @@ def decode(data: bytes, epoch: float) -> Journal | None:
         raise UnreadableStateError("it is damaged or truncated (wrong checksum)")
     try:
         return _read(msgpack.unpackb(packed), epoch)
+    except EnvironmentMismatchError as err:
+        raise UnreadableStateError(str(err)) from err
     except (LookupError, TypeError, ValueError) as err:
         raise UnreadableStateError(f"it does not hold what it should: {err!r}") from err
 

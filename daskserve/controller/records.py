@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, Self, TypeAlias
+
+from daskserve.exceptions import EnvironmentMismatchError
+
+#: What pickled code is good for: bytecode of another Python kills who runs it.
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 #: Period and timeout of health checks, and the timeout of abandoned calls.
 Watch: TypeAlias = tuple[float, float, float | None]
@@ -128,9 +134,18 @@ class Spec:
         ------
         TypeError
             If a field is missing or unknown.
+        EnvironmentMismatchError
+            If another Python has pickled the code.
         """
         plain = dict(message)
         plain["future_keys"] = tuple(plain.get("future_keys", ()))
+        python = plain.pop("python", PYTHON)  # state files of old do not say
+        if python != PYTHON:
+            raise EnvironmentMismatchError(
+                f"deployment {plain['name']!r} comes from Python {python}, and the "
+                f"scheduler has {PYTHON}, which cannot run its code: use the same "
+                f"minor version everywhere"
+            )
         if "workers" in plain:
             plain["workers"] = tuple(plain["workers"])
         if "resources" in plain:
@@ -148,6 +163,7 @@ class Spec:
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         plain["workers"] = list(self.workers)
         plain["resources"] = dict(self.resources)
+        plain["python"] = PYTHON
         return plain
 
     def same_code(self, other: Spec) -> bool:
