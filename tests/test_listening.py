@@ -171,6 +171,13 @@ def make_certificate(
     now = datetime.datetime.now(datetime.UTC)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     local = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    ca = issuer is None
+    # Python 3.13 verifies strictly: it wants keys identified, and what a CA may do.
+    own_id = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    issuer_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(
+        (issuer_key or key).public_key()
+    )
+    usage = x509.KeyUsage(True, False, False, False, False, ca, ca, False, False)
     builder = (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -180,9 +187,10 @@ def make_certificate(
         .not_valid_before(now - datetime.timedelta(hours=1))
         .not_valid_after(now + datetime.timedelta(hours=1))
         .add_extension(x509.SubjectAlternativeName([local]), critical=False)
-        .add_extension(
-            x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True
-        )
+        .add_extension(own_id, critical=False)
+        .add_extension(issuer_id, critical=False)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
     )
     return builder.sign(issuer_key or key, hashes.SHA256())
 
