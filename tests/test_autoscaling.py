@@ -673,7 +673,7 @@ def test_adapt_adds_a_worker_for_a_replica_without_room() -> None:
             threads_per_worker=1,
             resources={"slot": 1},
             host="127.0.0.1",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
         ) as cluster,
         Client(cluster) as client,
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -62,6 +63,8 @@ def check_ended(process: Process) -> None:
     poll(lambda: not process.group())
     printed = process.log.read_text()
     assert printed.endswith("Stopped.\n")
+    # A worker on a busy machine may not end in the time that Dask gives it.
+    printed = re.sub(r".*Worker process still alive after .*, killing\n", "", printed)
     for word in ("Traceback", "Error", "WARNING", "Warning", "Exception"):
         assert word not in printed
 

@@ -6,7 +6,9 @@ allowed, each with its reason.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,7 @@ import pytest
 import daskserve as serve
 from tests.differential.apps import APPS
 from tests.differential.differences import DIFFERENCES, reconcile
-from tests.differential.observe import Target
+from tests.differential.observe import Talk, Target
 from tests.differential.run import CASES, Results, broken, run
 from tests.test_http import LOGGED, Site, open_site
 from tests.utils import ROOT, Process, ProcessCluster, poll
@@ -144,8 +146,10 @@ class Served:
             deployment = self._deployments[self.kind(where), name]
             deployment.options(route_prefix="/").deploy()
             target = Target(self._port(where), "")
-            found |= run((case, target) for case in CASES if case.app == name)
-            deployment.deploy()
+            try:
+                found |= run((case, target) for case in CASES if case.app == name)
+            finally:  # else all that comes after finds "/" taken
+                deployment.deploy()
         return found
 
 
@@ -225,6 +229,32 @@ def test_every_difference_is_used(served: Served, reference: Reference) -> None:
                 used |= reconcile(case, expected, found)[1]
     wanted = {(d.name, case) for d in DIFFERENCES for case in d.cases}
     assert wanted - used == set()
+
+
+@pytest.mark.timeout(20)
+def test_a_connection_that_the_server_ended_can_be_aborted() -> None:
+    """What is still to be written when it ends makes asyncio forget that it has."""
+
+    async def main() -> list[Any]:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            talk = Talk(Target(server.getsockname()[1], ""))
+            connection = await talk.connect()
+            theirs, _ = server.accept()
+            with theirs:
+                connection.send(bytes(2**23))
+                theirs.shutdown(socket.SHUT_WR)
+                while not connection._wire.transport.is_closing():
+                    await asyncio.sleep(0.01)
+                left = 2**23
+                while left:
+                    left -= len(await asyncio.to_thread(theirs.recv, left))
+                while not connection._wire.ended:
+                    await asyncio.sleep(0.01)
+                connection.abort()
+                talk.close()
+        return talk.seen
+
+    assert asyncio.run(main()) == []
 
 
 def test_cases_are_named_once() -> None:

@@ -551,7 +551,10 @@ def test_retired_and_terminated(cluster: ProcessCluster, location: str) -> None:
 def test_own_cluster_made_smaller() -> None:
     with (
         LocalCluster(
-            3, threads_per_worker=1, processes=False, dashboard_address=None
+            3,
+            threads_per_worker=1,
+            processes=False,
+            dashboard_address="127.0.0.1:0",
         ) as cluster,
         Client(cluster),
     ):
@@ -567,7 +570,9 @@ def test_own_cluster_made_smaller() -> None:
 def test_actor_of_a_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leaving, "LINGER_S", 0.3)
     with (
-        LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(
+            2, threads_per_worker=1, dashboard_address="127.0.0.1:0"
+        ) as cluster,
         Client(cluster) as client,
     ):
         deploy("NoServer", 1)

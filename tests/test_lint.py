@@ -1,3 +1,4 @@
+import ast
 import subprocess
 import sys
 
@@ -21,3 +22,16 @@ def test_lint(command: str) -> None:
         stderr=subprocess.STDOUT,
     )
     assert result.returncode == 0, f"{command}\n{result.stdout}"
+
+
+@pytest.mark.parametrize("folder", ["daskserve", "tests"])
+def test_clusters_take_no_fixed_port(folder: str) -> None:
+    """None for a dashboard's address means 8787, which others may have."""
+    addresses = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "LocalCluster":
+                given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                addresses.append((path.name, given.get("dashboard_address", "8787")))
+    assert addresses
+    assert [a for a in addresses if a[1] not in ("'127.0.0.1:0'", "':0'")] == []

@@ -32,7 +32,7 @@ def print_times(workers: int, deployments: int = 5, replicas: int = 20) -> None:
         processes=False,
         protocol="tcp://",
         host="127.0.0.1",
-        dashboard_address=None,
+        dashboard_address="127.0.0.1:0",
         memory_limit=0,
     )
     with cluster, Client(cluster) as client:

@@ -171,8 +171,10 @@ class Connection:
         self.send(request(self._talk.target, path, method, **parts))
 
     def abort(self) -> None:
-        """Go without a word."""
-        self._wire.transport.abort()
+        """Go without a word, if the server has not gone first."""
+        # asyncio's transports raise if they were closed by the other end meanwhile.
+        if not self._wire.ended:
+            self._wire.transport.abort()
 
     async def head(self) -> Response:
         """Read the head of a response."""
