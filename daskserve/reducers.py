@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from operator import attrgetter
 from types import FunctionType
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import cloudpickle
 import typing_extensions
@@ -80,16 +81,35 @@ def _name_of_singleton(obj: object, kind: type) -> tuple[str, str] | None:
     never is.
     """
     if kind is object:
-        modules = [name for name in list(sys.modules) if name != "__main__"]
-    elif kind.__flags__ & _HEAP_TYPE and _has_no_state(obj, kind):
-        modules = [kind.__module__] if is_importable(kind) else []
-    else:
+        for module in [name for name in list(sys.modules) if name != "__main__"]:
+            held = list(getattr(sys.modules[module], "__dict__", {}).items())
+            found = next((name for name, value in held if value is obj), None)
+            if found is not None:
+                return module, found
         return None
-    for module in modules:
-        for name, value in list(getattr(sys.modules[module], "__dict__", {}).items()):
-            if value is obj:
-                return module, name
+    try:
+        names = _held[kind]
+    except KeyError:
+        names = _held[kind] = _held_by_its_module(kind)
+    except TypeError:  # a metaclass may make classes that are not hashable
+        return None
+    if names:
+        for name, value in names:
+            if value is obj and _has_no_state(obj, kind):
+                return kind.__module__, name
     return None
+
+
+def _held_by_its_module(kind: type) -> list[tuple[str, object]]:
+    """Return instances of a class that are globals of its module, and their names."""
+    if not kind.__flags__ & _HEAP_TYPE or not is_importable(kind):
+        return []
+    globals_ = vars(sys.modules[kind.__module__])
+    return [(n, value) for n, value in list(globals_.items()) if type(value) is kind]
+
+
+#: What `_held_by_its_module` found; hardly any class has such instances.
+_held: WeakKeyDictionary[type, list[tuple[str, object]]] = WeakKeyDictionary()
 
 
 def _has_no_state(obj: Any, kind: type) -> bool:
