@@ -11,16 +11,23 @@ import contextlib
 import contextvars
 import functools
 import inspect
+import math
+import numbers
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, overload
 
 from daskserve.config import BatchOptions
-from daskserve.replica.context import current_replica, leave_request
+from daskserve.replica.context import (
+    current_replica,
+    get_multiplexed_model_id,
+    leave_request,
+)
+from daskserve.replica.owners import keep, split_owner
 
-F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
+F = TypeVar("F", bound=Callable[..., Awaitable[Any] | AsyncIterator[Any]])
 
 #: The largest batch that ``target_latency_s`` may come to.
 MAX_ADAPTIVE_SIZE = 1024
@@ -62,7 +69,7 @@ class AdaptiveSize:
         self._target_s = target_s
         self._maximum = maximum
 
-    def took(self, items: int, seconds: float, present: int) -> int:
+    def took(self, items: float, seconds: float, present: float) -> int:
         """Learn from a batch.
 
         Parameters
@@ -82,35 +89,88 @@ class AdaptiveSize:
         ratio = min(2.0, max(0.5, self._target_s / max(seconds, 1e-6)))
         if ratio < 1 or items >= self.items:  # a small quick one tells nothing
             wanted = int(items * ratio + 0.5)
-            self.items = max(1, min(wanted, self._maximum, -(-present // 2)))
+            self.items = max(1, min(wanted, self._maximum, math.ceil(present / 2)))
         return self.items
+
+
+#: What the end of an item's results is told by.
+_END = object()
 
 
 class Item:
     """One call that waits."""
 
-    __slots__ = ("arrived", "batch", "future", "values")
+    __slots__ = (
+        "arrived",
+        "batch",
+        "ended",
+        "give",
+        "model_id",
+        "size",
+        "values",
+    )
 
     def __init__(
-        self, values: tuple[Any, ...], arrived: float, future: asyncio.Future[Any]
+        self,
+        values: tuple[Any, ...],
+        arrived: float,
+        size: float,
+        model_id: str,
+        give: Callable[[Any], None],
     ) -> None:
         #: Of the parameters, in their order.
         self.values = values
         self.arrived = arrived
-        self.future = future
+        self.size = size
+        self.model_id = model_id
         #: The batch that it is in, once that runs.
         self.batch: _Batch | None = None
+        #: Takes the result, or several of a generator and `_END`; exceptions are to be
+        #: raised.
+        self.give = give
+        self.ended = False
+
+    def put(self, result: Any, *, last: bool) -> None:
+        """Let the caller have a result."""
+        if not self.ended:
+            self.ended = last
+            self.give(result)
+
+
+class Waiting(deque[Item]):
+    """The calls that wait for a batch of one model, and how large they are together."""
+
+    size: float = 0
+
+    def push(self, item: Item) -> None:
+        """Add one at the end."""
+        self.append(item)
+        self.size += item.size
+
+    def leave(self, item: Item) -> None:
+        """Take one out that is in it."""
+        self.remove(item)
+        self.size -= item.size
+
+    def take(self, size: float) -> list[Item]:
+        """Take out what makes a batch of up to a size; one item at least."""
+        items: list[Item] = []
+        total = 0.0
+        while self and (not items or total + self[0].size <= size):
+            total += self[0].size
+            items.append(self.popleft())
+        self.size -= total
+        return items
 
 
 @dataclass(slots=True, eq=False)
 class _Batch:
+    model_id: str
     items: list[Item]
-    #: How many are still waited for.
-    wanted: int
     task: asyncio.Task[None] | None = None
 
 
-def when(options: BatchOptions, size: int, waiting: deque[Item]) -> float:
+def when(options: BatchOptions, size: float, waiting: Waiting) -> float:
     """Decide when the next batch begins, if it may.
 
     Parameters
@@ -118,7 +178,7 @@ def when(options: BatchOptions, size: int, waiting: deque[Item]) -> float:
     options
         How calls are gathered.
     size
-        How many items are aimed for.
+        How large a batch is aimed for.
     waiting
         What waits, at least one.
 
@@ -127,7 +187,7 @@ def when(options: BatchOptions, size: int, waiting: deque[Item]) -> float:
     float
         A time on the clock of the arrivals; in the past: at once.
     """
-    if len(waiting) >= size:
+    if waiting.size >= size:
         return waiting[0].arrived
     wait_s = options.batch_wait_timeout_s
     if options.target_latency_s is None:
@@ -140,16 +200,19 @@ class _Batcher:
 
     def __init__(
         self,
-        function: Callable[..., Awaitable[Any]],
+        function: Callable[..., Any],
         signature: inspect.Signature,
         options: Callable[[], BatchOptions],
+        size_fn: Callable[..., float] | None,
     ) -> None:
         self._function = function
         self._signature = signature
         self._names = list(signature.parameters)
         self._options = options
+        self._size_fn = size_fn
         self._loop = asyncio.get_running_loop()
-        self._waiting: deque[Item] = deque()
+        #: By the ids of models.
+        self._waiting: dict[str, Waiting] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._adaptive: AdaptiveSize | None = None
@@ -159,29 +222,55 @@ class _Batcher:
 
     async def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer one call as a part of a batch."""
+        future = self._loop.create_future()
+        item = self._join(args, kwargs, functools.partial(_settle, future))
+        try:
+            return _raised(await future)
+        except asyncio.CancelledError:
+            self._leave(item)
+            raise
+
+    async def stream(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AsyncGenerator[Any, None]:
+        """Answer one call as a part of a batch, step by step."""
+        results: asyncio.Queue[Any] = asyncio.Queue()
+        item = self._join(args, kwargs, results.put_nowait)
+        try:
+            while (result := _raised(await results.get())) is not _END:
+                yield result
+        finally:
+            self._leave(item)
+
+    def _join(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        give: Callable[[Any], None],
+    ) -> Item:
         values = args
         if kwargs or len(args) != len(self._names):
             bound = self._signature.bind(*args, **kwargs)
             bound.apply_defaults()
             values = tuple(bound.arguments[name] for name in self._names)
-        item = Item(values, self._loop.time(), self._loop.create_future())
-        self._waiting.append(item)
+        size = 1 if self._size_fn is None else _size_of(self._size_fn, values)
+        model_id = get_multiplexed_model_id()
+        item = Item(values, self._loop.time(), size, model_id, give)
+        self._waiting.setdefault(item.model_id, Waiting()).push(item)
         self._look()
-        try:
-            return await item.future
-        except asyncio.CancelledError:
-            self._leave(item)
-            raise
+        return item
 
     def _leave(self, item: Item) -> None:
+        if item.ended:
+            return
+        item.ended = True
         batch = item.batch
         if batch is None:
-            with contextlib.suppress(ValueError):
-                self._waiting.remove(item)
-        else:
-            batch.wanted -= 1
-            if batch.wanted == 0 and batch.task is not None:
-                batch.task.cancel()
+            self._waiting[item.model_id].leave(item)
+            if not self._waiting[item.model_id]:
+                del self._waiting[item.model_id]
+        elif batch.task is not None and all(other.ended for other in batch.items):
+            batch.task.cancel()
 
     def _look(self) -> None:
         """Begin what is due; see to it that the rest is looked at in time."""
@@ -191,13 +280,17 @@ class _Batcher:
         options = self._options()
         while self._waiting and len(self._running) < options.max_concurrent_batches:
             size = self._size(options)
-            due = when(options, size, self._waiting)
+            due, model_id = min(
+                (when(options, size, waiting), model_id)
+                for model_id, waiting in self._waiting.items()
+            )
             if due - _EARLY_S > self._loop.time():
                 self._timer = self._loop.call_at(due, self._look)
                 return
-            number = min(size, len(self._waiting))
-            items = [self._waiting.popleft() for _ in range(number)]
-            batch = _Batch(items, len(items))
+            items = self._waiting[model_id].take(size)
+            if not self._waiting[model_id]:
+                del self._waiting[model_id]
+            batch = _Batch(model_id, items)
             for item in items:
                 item.batch = batch
             batch.task = task = self._loop.create_task(
@@ -217,29 +310,41 @@ class _Batcher:
     async def _run(self, batch: _Batch) -> None:
         began = self._loop.time()
         items = batch.items
+        leave_request(batch.model_id)
+        columns = _columns([item.values for item in items])
         try:
-            rows = [item.values for item in items]
-            columns = [list(column) for column in zip(*rows, strict=True)]
-            results = self._check(await self._function(*columns), len(items))
-        except asyncio.CancelledError:
-            for item in items:
-                item.future.cancel()
-            raise
+            if inspect.isasyncgenfunction(self._function):
+                await self._run_steps(items, columns)
+            else:
+                results = self._check(await self._function(*columns), len(items))
+                for item, result in zip(items, results, strict=True):
+                    item.put(result, last=True)
         except BaseException as err:
-            results = [err] * len(items)
+            cancelled = isinstance(err, asyncio.CancelledError)
+            for item in items:
+                item.put(asyncio.CancelledError() if cancelled else err, last=True)
+            if cancelled:
+                raise
         if self._adaptive is not None:
             took_s = self._loop.time() - began
-            present = len(self._waiting) + len(self._running) * len(items)
-            self._adaptive.took(len(items), took_s, present)
-        for item, result in zip(items, results, strict=True):
-            if item.future.done():
-                continue
-            if isinstance(result, StopIteration):  # a future cannot hold one
-                result = RuntimeError(f"user code raised {result!r}")
-            if isinstance(result, BaseException):
-                item.future.set_exception(result)
-            else:
-                item.future.set_result(result)
+            size = sum(item.size for item in items)
+            present = sum(waiting.size for waiting in self._waiting.values())
+            present += len(self._running) * size
+            self._adaptive.took(size, took_s, present)
+
+    async def _run_steps(self, items: list[Item], columns: list[list[Any]]) -> None:
+        async with contextlib.aclosing(self._function(*columns)) as steps:
+            async for results in steps:
+                checked = self._check(results, len(items))
+                for item, result in zip(items, checked, strict=True):
+                    if _is_stop(result):
+                        item.put(_END, last=True)
+                    else:
+                        item.put(result, last=isinstance(result, BaseException))
+                if all(item.ended for item in items):
+                    return
+        for item in items:
+            item.put(_END, last=True)
 
     def _check(self, results: Any, number: int) -> Any:
         name = self._function.__qualname__
@@ -259,6 +364,39 @@ class _Batcher:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         self._look()
+
+
+def _columns(rows: list[tuple[Any, ...]]) -> list[list[Any]]:
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def _size_of(size_fn: Callable[..., float], values: tuple[Any, ...]) -> float:
+    size: Any = size_fn(*_columns([values]))
+    if not (isinstance(size, numbers.Real) and 0 <= float(size) < math.inf):
+        raise ValueError(
+            f"batch_size_fn gave {size!r} for one item: it has to give a number, how "
+            f"large a list of items is"
+        )
+    return float(size)
+
+
+def _is_stop(result: object) -> bool:
+    kind = result if isinstance(result, type) else type(result)
+    return issubclass(kind, StopIteration | StopAsyncIteration)
+
+
+def _settle(future: asyncio.Future[Any], result: Any) -> None:
+    if not future.done():  # whose task has been cancelled, but did not run since
+        future.set_result(result)
+
+
+def _raised(result: Any) -> Any:
+    """Return a result, or raise it if it is an exception."""
+    if isinstance(result, StopIteration):  # a coroutine cannot raise one
+        result = RuntimeError(f"user code raised {result!r}")
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 class _Batchers(dict[tuple[Any, asyncio.AbstractEventLoop], _Batcher]):
@@ -304,6 +442,7 @@ def batch(
     batch_wait_timeout_s: str | timedelta | float = 0.01,
     max_concurrent_batches: int = 1,
     target_latency_s: str | timedelta | float | None = None,
+    batch_size_fn: Callable[..., float] | None = None,
 ) -> Callable[[F], F]: ...
 
 
@@ -315,6 +454,7 @@ def batch(
     batch_wait_timeout_s: str | timedelta | float = 0.01,
     max_concurrent_batches: int = 1,
     target_latency_s: str | timedelta | float | None = None,
+    batch_size_fn: Callable[..., float] | None = None,
 ) -> Any:
     """Gather calls of an async method or function into batches.
 
@@ -324,10 +464,18 @@ def batch(
     alone; what the function raises is raised for all items of the batch. Calls that
     are cancelled leave their batch, and a batch that nobody waits for is cancelled.
 
+    An async generator yields such lists, and each call is a generator of its own
+    results; ``StopIteration`` in place of a result ends it before the others. The
+    steps wait for no caller: results that a slow one has not taken are kept.
+
+    A batch has calls for one model only, the one that `get_multiplexed_model_id`
+    returns to them and in the batch.
+
     Parameters
     ----------
     max_batch_size
-        The most items in one batch; default 10, and 1024 with `target_latency_s`.
+        The most items in one batch, or their greatest size by `batch_size_fn`; default
+        10, and 1024 with `target_latency_s`.
         Calls come from requests: keep ``max_ongoing_requests`` above it.
     batch_wait_timeout_s
         Seconds, or a string such as ``"5ms"``, that the first item waits for others.
@@ -337,6 +485,10 @@ def batch(
         How long one batch should take: the size that does is found while it runs, and
         a batch waits less when nobody comes. A request may also wait for the batch
         before its own.
+    batch_size_fn
+        Called with lists of items as the method is, without ``self``; returns how large
+        these are together, such as rows or tokens. It is asked for each item by itself,
+        and sizes are added. An item that is larger than `max_batch_size` is a batch.
 
     Returns
     -------
@@ -348,7 +500,8 @@ def batch(
     Raises
     ------
     TypeError
-        It is not an ``async def`` with parameters that have names.
+        It is not an ``async def`` with parameters that have names, or `batch_size_fn`
+        cannot be called.
     ValueError
         An option is out of range.
 
@@ -371,30 +524,43 @@ def batch(
         max_concurrent_batches=max_concurrent_batches,
         target_latency_s=target_latency_s,  # type: ignore[arg-type]
     )
+    if batch_size_fn is not None and not callable(batch_size_fn):
+        raise TypeError(f"@serve.batch: batch_size_fn={batch_size_fn!r} is no function")
     if function is None:
-        return functools.partial(_decorate, options=options)
-    return _decorate(function, options)
+        return functools.partial(_decorate, options=options, size_fn=batch_size_fn)
+    return _decorate(function, options, batch_size_fn)
 
 
-def _decorate(function: Any, options: BatchOptions) -> Any:
+def _decorate(
+    function: Any, options: BatchOptions, size_fn: Callable[..., float] | None
+) -> Any:
     _check_function(function)
     settings = _Settings(options)
 
-    @functools.wraps(function)
-    async def call(*args: Any, **kwargs: Any) -> Any:
-        owner: Any = call
-        bound = function
-        if _is_method_call(function, args):
-            owner, bound, args = args[0], function.__get__(args[0]), args[1:]
-        batchers = vars(owner).setdefault(_HOLDER, _Batchers())
-        batcher = batchers.get(key := (call, asyncio.get_running_loop()))
+    def find(args: tuple[Any, ...]) -> tuple[_Batcher, tuple[Any, ...]]:
+        owner, args = split_owner(function, args)
+        bound = function if owner is None else function.__get__(owner)
+        batchers = keep(made if owner is None else owner, _HOLDER, _Batchers)
+        batcher = batchers.get(key := (made, asyncio.get_running_loop()))
         if batcher is None:
             batchers.forget_closed_loops()
             tag = _replica_tag()
             batcher = batchers[key] = _Batcher(
-                bound, inspect.signature(bound), lambda: settings.of(tag)
+                bound, inspect.signature(bound), lambda: settings.of(tag), size_fn
             )
+        return batcher, args
+
+    @functools.wraps(function)
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        batcher, args = find(args)
         return await batcher.call(args, kwargs)
+
+    @functools.wraps(function)
+    async def stream(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        batcher, args = find(args)
+        async with contextlib.aclosing(batcher.stream(args, kwargs)) as results:
+            async for result in results:
+                yield result
 
     def set_max_batch_size(max_batch_size: int) -> None:
         settings.change(max_batch_size=max_batch_size)
@@ -404,14 +570,16 @@ def _decorate(function: Any, options: BatchOptions) -> Any:
     ) -> None:
         settings.change(batch_wait_timeout_s=batch_wait_timeout_s)
 
-    made: Any = call
+    made: Any = stream if inspect.isasyncgenfunction(function) else call
     made.set_max_batch_size = set_max_batch_size
     made.set_batch_wait_timeout_s = set_batch_wait_timeout_s
-    return call
+    return made
 
 
 def _check_function(function: Any) -> None:
-    if not inspect.iscoroutinefunction(function):
+    if not (
+        inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+    ):
         raise TypeError(
             f"@serve.batch: {function!r} is not an async function: write 'async def', "
             f"with 'await asyncio.to_thread(...)' around what blocks"
@@ -431,14 +599,6 @@ def _check_function(function: Any) -> None:
             f"@serve.batch: {function.__qualname__}() has parameters that are only "
             f"taken by name; a batch function is called with lists in order"
         )
-
-
-def _is_method_call(function: Any, args: tuple[Any, ...]) -> bool:
-    """Whether the first argument is the object that ``function`` is a method of."""
-    return bool(args) and any(
-        getattr(vars(cls).get(function.__name__), "__wrapped__", None) is function
-        for cls in type(args[0]).__mro__
-    )
 
 
 def _replica_tag() -> str | None:

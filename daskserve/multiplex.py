@@ -23,6 +23,7 @@ from daskserve.replica.context import (
     get_multiplexed_model_id,
     leave_request,
 )
+from daskserve.replica.owners import keep
 from daskserve.replica.servable import MODELS
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
@@ -296,7 +297,7 @@ def _decorate(function: Any, options: MultiplexOptions) -> Any:
                 raise TypeError(f"{function.__qualname__}() was called without self")
             owner, load, args = args[0], function.__get__(args[0]), args[1:]
         model_id = _model_id(args, kwargs, function.__qualname__)
-        holder = vars(owner).setdefault(MODELS, _Holder())
+        holder = keep(owner, MODELS, _Holder)
         models = holder.get(get)
         if models is None:
             limit = options.max_num_models_per_replica

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import ANY
 
 import cloudpickle
 import httpx
@@ -205,6 +208,249 @@ def test_objects_have_batches_of_their_own_and_functions_too() -> None:
 
     run(main())
     run(main())  # on another loop
+
+
+def traced(function: Any) -> Any:
+    @functools.wraps(function)
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        return await function(*args, **kwargs)
+
+    return call
+
+
+def hidden(function: Any) -> Any:
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        return await function(*args, **kwargs)
+
+    return call
+
+
+class Parent:
+    base = 10
+
+    async def _many(self, items: list[int]) -> list[int]:
+        return [self.base + item for item in items]
+
+    async def _of_this(this, items: list[int]) -> list[int]:
+        return [this.base + item for item in items]
+
+    plain = serve.batch(_many)
+    under = traced(serve.batch(max_batch_size=2)(_many))
+    twice = traced(traced(serve.batch(_many)))
+    unnamed = hidden(serve.batch(_many))
+    above = serve.batch(traced(_many))
+    this = serve.batch(_of_this)
+    under_this = traced(serve.batch(max_batch_size=2)(_of_this))
+
+    @serve.batch
+    async def __private(self, items: list[int]) -> list[int]:
+        return [self.base + item for item in items]
+
+    async def private(self, item: int) -> Any:
+        return await self.__private(item)  # type: ignore[arg-type]
+
+    @classmethod
+    @serve.batch
+    async def of_class(cls, items: list[int]) -> list[int]:
+        return [cls.base + item for item in items]
+
+    @staticmethod
+    @serve.batch
+    async def static(items: list[int]) -> list[int]:
+        return [10 + item for item in items]
+
+    @serve.multiplexed
+    async def __model(self, model_id: str) -> int:
+        return self.base + int(model_id)
+
+    model = traced(serve.multiplexed(traced(__model.__wrapped__)))
+
+    async def private_model(self, item: int) -> int:
+        return await self.__model(str(item))
+
+
+class Child(Parent):
+    base = 20
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("plain", "under", "twice", "unnamed", "this", "under_this", "private"),
+        *("of_class", "private_model"),
+    ],
+)
+def test_methods_find_their_object(name: str) -> None:
+    async def main() -> None:
+        parent, child = Parent(), Child()
+        calls = [getattr(each, name)(n) for n in (1, 2) for each in (parent, child)]
+        assert await both(*calls) == [11, 21, 12, 22]
+
+    run(main())
+
+
+def test_methods_without_an_object_take_items() -> None:
+    async def main() -> None:
+        assert await both(Parent.static(1), Child().static(2)) == [11, 12]
+        assert await Child().model("5") == 25
+
+    run(main())
+
+
+def test_an_object_without_dict_is_named() -> None:
+    class Slotted:
+        __slots__ = ()
+
+        @serve.batch
+        async def method(self, items: list[int]) -> list[int]:
+            return items
+
+    with pytest.raises(TypeError, match="Slotted objects have no __dict__"):
+        run(Slotted().method([1]))
+
+
+class Streams:
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.steps = self.ended = 0
+
+    @serve.batch(max_batch_size=3, batch_wait_timeout_s=0.05)
+    async def count(self, to: list[int]) -> AsyncIterator[list[Any]]:
+        self.batches.append(to)
+        try:
+            for step in range(100):
+                self.steps += 1
+                if 99 in to and step == 2:
+                    raise OSError("99 breaks it")
+                yield [
+                    ValueError(f"{n}")
+                    if n < 0 and step == 1
+                    else StopIteration
+                    if step == n
+                    else step
+                    for n in to
+                ]
+                await asyncio.sleep(0)
+        finally:
+            self.ended += 1
+
+    @serve.batch(max_batch_size=2, batch_wait_timeout_s=0.05)
+    async def wrong(self, items: list[int]) -> AsyncIterator[Any]:
+        yield [1, 2, 3]
+
+
+async def collect(stream: Any) -> list[Any]:
+    got: list[Any] = []
+    try:
+        async for item in stream:
+            got.append(item)
+    except Exception as err:
+        got.append(repr(err))
+    return got
+
+
+def test_generators_stream_to_each_call_its_own() -> None:
+    async def main() -> None:
+        model = Streams()
+        assert inspect.isasyncgenfunction(model.count)
+        calls = [model.count(n) for n in (1, 3, -1, 0)]  # type: ignore[arg-type]
+        assert await both(*map(collect, calls)) == [
+            [0],
+            [0, 1, 2],
+            [0, "ValueError('-1')"],
+            [],
+        ]
+        assert (model.batches, model.steps, model.ended) == ([[1, 3, -1], [0]], 5, 2)
+        calls = [model.count(n) for n in (1, 99)]  # type: ignore[arg-type]
+        assert await both(*map(collect, calls)) == [
+            [0],
+            [0, 1, "OSError('99 breaks it')"],
+        ]
+        (wrong,) = await both(collect(model.wrong(1)))  # type: ignore[arg-type]
+        assert "1 items and returned 3 results" in wrong[0]
+
+    run(main())
+
+
+def test_a_generator_that_nobody_reads_is_ended() -> None:
+    async def main() -> None:
+        model = Streams()
+        first, second = model.count(90), model.count(91)  # type: ignore[arg-type]
+        assert await both(anext(first), anext(second)) == [0, 0]
+        await first.aclose()  # type: ignore[attr-defined]
+        assert await anext(second) == 1
+        assert model.ended == 0
+        await second.aclose()  # type: ignore[attr-defined]
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert model.ended == 1
+        assert model.steps < 90
+
+    run(main())
+
+
+def test_a_generator_is_ended_when_the_rest_have_ended() -> None:
+    async def main() -> None:
+        model = Streams()
+        short, long = model.count(1), model.count(90)  # type: ignore[arg-type]
+        assert await both(collect(short), anext(long)) == [[0], 0]
+        await long.aclose()  # type: ignore[attr-defined]
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert model.ended == 1
+        assert model.steps < 90
+
+    run(main())
+
+
+def test_who_is_cancelled_while_the_answer_comes_spoils_no_other() -> None:
+    async def main() -> None:
+        model = Model()
+        first, second = (asyncio.create_task(model.slow(n)) for n in (1, 2))
+        await asyncio.sleep(0.02)
+        model.go.set()
+        first.cancel()
+        assert isinstance((await both(first))[0], asyncio.CancelledError)
+        assert await second == 2
+
+    run(main())
+
+
+def test_batches_by_size() -> None:
+    batches: list[list[str]] = []
+
+    def size(texts: list[str], weights: list[int]) -> int:
+        return sum(len(t) * w for t, w in zip(texts, weights, strict=True))
+
+    @serve.batch(max_batch_size=10, batch_wait_timeout_s=0.05, batch_size_fn=size)
+    async def echo(texts: list[str], weights: list[int]) -> list[str]:
+        batches.append(texts)
+        return texts
+
+    async def main() -> None:
+        given = ["aaaa", "bbb", "cc", "dddddddddddd", "e", "ffffffffff"]
+        calls = [echo(text, 1) for text in given]  # type: ignore[arg-type]
+        assert await both(*calls, echo("bad", "x")) == [  # type: ignore[arg-type]
+            *given,
+            ANY,
+        ]
+        assert batches == [["aaaa", "bbb", "cc"], ["dddddddddddd"], ["e"], given[-1:]]
+
+    run(main())
+
+
+@pytest.mark.parametrize("size", [-1, None, "3", float("nan")])
+def test_a_wrong_size_is_for_its_call_alone(size: Any) -> None:
+    @serve.batch(batch_wait_timeout_s=0.01, batch_size_fn=lambda items: items[0])
+    async def echo(items: list[Any]) -> list[Any]:
+        return items
+
+    async def main() -> None:
+        good, bad = await both(echo(1), echo(size))  # type: ignore[arg-type]
+        assert good == 1
+        assert "batch_size_fn gave" in str(bad)
+
+    run(main())
 
 
 def test_it_travels_after_it_was_used() -> None:

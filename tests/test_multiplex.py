@@ -297,21 +297,32 @@ def test_a_full_replica_sends_its_models_to_the_next_one() -> None:
     assert found[0] == found[1] and found[2] == found[3]
 
 
-def test_a_batch_is_for_no_model() -> None:
-    @serve.batch(max_batch_size=2, batch_wait_timeout_s=5)
+def test_batches_are_made_per_model_which_they_know() -> None:
+    batches: list[tuple[str, list[int]]] = []
+
+    @serve.batch(max_batch_size=2, batch_wait_timeout_s=0.05)
     async def echo(items: list[int]) -> list[str]:
+        batches.append((serve.get_multiplexed_model_id(), items))
+        await asyncio.sleep(0.01)
         return [serve.get_multiplexed_model_id() for _ in items]
 
     async def main() -> list[str]:
-        heads = [SimpleNamespace(headers=[(MODEL_HEADERS[0], b"a")]), None]
+        head = SimpleNamespace(headers=[(MODEL_HEADERS[0], b"a")])
         tasks = []
-        for head in heads:
-            current_replica.set(ReplicaContext("D", "D#1", _head=head, _model_id="b"))
-            tasks.append(asyncio.create_task(echo(1)))  # type: ignore[arg-type]
-        assert serve.get_multiplexed_model_id() == "b"
+        for number in range(8):
+            context = (
+                ReplicaContext("D", "D#1", _head=head)
+                if number % 2
+                else ReplicaContext("D", "D#1", _model_id="b" if number < 6 else "")
+            )
+            current_replica.set(context)
+            tasks.append(asyncio.create_task(echo(number)))  # type: ignore[arg-type]
+        assert serve.get_multiplexed_model_id() == "a"
         return await asyncio.gather(*tasks)
 
-    assert run(main()) == ["", ""]
+    assert run(main()) == ["b", "a", "b", "a", "b", "a", "", "a"]
+    by_model = {key: [items for k, items in batches if k == key] for key in "ab"}
+    assert by_model == {"a": [[1, 3], [5, 7]], "b": [[0, 2], [4]]}
 
 
 @pytest.fixture

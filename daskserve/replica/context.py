@@ -46,12 +46,21 @@ current_replica: ContextVar[ReplicaContext | None] = ContextVar(
 )
 
 
-def leave_request() -> None:
-    """Tell code that goes on for several requests that it runs on behalf of none."""
+def leave_request(model_id: str = "") -> None:
+    """Tell code that goes on for several requests that it runs on behalf of none.
+
+    They may all be for one model.
+    """
     context = current_replica.get()
     if context is not None:
         current_replica.set(
-            replace(context, request_id=None, _children=None, _head=None, _model_id="")
+            replace(
+                context,
+                request_id=None,
+                _children=None,
+                _head=None,
+                _model_id=model_id,
+            )
         )
 
 
