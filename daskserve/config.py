@@ -215,6 +215,10 @@ def _bare_host(value: str) -> str:
     return value[1:-1] if value.startswith("[") and value.endswith("]") else value
 
 
+#: What a server answers itself; all else, also below ``/-/``, belongs to deployments.
+OWN_PATHS = frozenset({"/-/routes", "/-/healthz"})
+
+
 def _path_prefix(value: object) -> str:
     """Check a path that goes in front of others: of a deployment or a whole server."""
     if not isinstance(value, str):
@@ -817,6 +821,8 @@ class DeploymentOptions(_Options):
     def _check_route_prefix(cls, value: object) -> str | Default | None:
         if value is None or isinstance(value, Default):
             return value
+        if value in OWN_PATHS:
+            raise ValueError(f"{value!r} is answered by the server itself")
         return _path_prefix(value)
 
     # Pydantic lets a TypeError through as it is, and makes a ValidationError of a

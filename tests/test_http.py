@@ -381,6 +381,43 @@ def test_own_paths(site: Site) -> None:
         assert client.get("/-/nothing").status_code == 404
 
 
+def answering_below_own_paths() -> FastAPI:
+    app = FastAPI()
+
+    @app.api_route("/{path:path}", methods=["GET", "POST"])
+    async def answer(request: Request, path: str) -> str:
+        return f"app {path}"
+
+    return app
+
+
+@pytest.mark.parametrize(
+    "middlewares", [[], [Middleware(CORSMiddleware, allow_origins=["*"])]]
+)
+def test_what_is_not_ours_below_own_paths_is_the_apps(
+    start: Callable[..., Site], middlewares: list[Middleware]
+) -> None:
+    """The quick way and, with middlewares, the ordinary one."""
+    site = start(middlewares=middlewares)
+
+    @serve.ingress(answering_below_own_paths)
+    class App: ...
+
+    site.deploy(App, route_prefix="/")
+    with httpx.Client(base_url=site.url) as client:
+        assert client.get("/-/static/app.css").json() == "app -/static/app.css"
+        assert client.post("/-/mine").json() == "app -/mine"
+        assert client.get("/-/healthz/x").json() == "app -/healthz/x"
+        assert client.get("/-/healthz").text == "success"
+        assert client.post("/-/healthz").status_code == 405
+        assert list(client.get("/-/routes").json()) == ["/"]
+        below = site.deploy(App, route_prefix="/-/below")
+        assert client.get("/-/below/x").json() == "app x"
+        assert "/-/below" in client.get("/-/routes").json()
+        below.delete()
+        assert client.get("/-/below/x").json() == "app -/below/x"
+
+
 def test_no_route(site: Site) -> None:
     response = httpx.get(site.url + "/nowhere/x?secret=1")
     assert response.status_code == 404

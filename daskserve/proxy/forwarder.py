@@ -9,7 +9,7 @@ from urllib.parse import quote
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from daskserve.config import HTTPOptions
+from daskserve.config import OWN_PATHS, HTTPOptions
 from daskserve.exceptions import ReplicaDiedError, RequestError
 from daskserve.proxy.client_watch import ClientGoneError, ClientWatch
 from daskserve.proxy.forwarded import FORWARDED_PREFIX
@@ -133,7 +133,7 @@ class Forwarder:
         root_path = scope.get(FORWARDED_PREFIX, self._options.root_path)
         path, match = self._locate(scope["path"], root_path)
         websocket = scope["type"] == "websocket"
-        if path.startswith("/-/") and not websocket:
+        if path in OWN_PATHS and not websocket:
             return await self._serve_own(path, scope, send)
         if scope.get(FULL_KEY):
             text = "This server has as many connections as it may (max_connections)."
@@ -157,7 +157,7 @@ class Forwarder:
             path, match = self._locate(path, root_path)
         else:
             match = self._table.match(path)
-        if match is None or path.startswith("/-/"):
+        if match is None or path in OWN_PATHS:
             return None
         return self._new(scope, info, root_path, path, match)
 
@@ -244,13 +244,11 @@ class Forwarder:
         if path == "/-/routes":
             body = orjson.dumps(self._table.routes)
             return await respond(send, 200, body, content_type=b"application/json")
-        if path == "/-/healthz":
-            if self.draining:
-                return await respond(send, 503, "This proxy is draining.")
-            if self._dispatcher.version < 0:
-                return await respond(send, 503, "The route table is not here yet.")
-            return await respond(send, 200, "success")
-        await self._not_found(path, scope, send)
+        if self.draining:
+            return await respond(send, 503, "This proxy is draining.")
+        if self._dispatcher.version < 0:
+            return await respond(send, 503, "The route table is not here yet.")
+        await respond(send, 200, "success")
 
     async def _forward(
         self, forwarding: Forwarding, info: RequestInfo, receive: Receive, send: Send

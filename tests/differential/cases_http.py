@@ -60,6 +60,8 @@ ECHO = [
         ("X-Forwarded-Proto", "https"), ("X-Forwarded-For", "203.0.113.7")]),
     ask("echo", "/x", name="request id", headers=[("x-request-id", "given")]),
     ask("echo", "/-/routes"),
+    *(ask("echo", path) for path in ("/-/static/x", "/-/routes/", "/-/", "/-/routesx")),
+    ask("echo", "/-/mine", "POST", body=b"body"),
     ask("echo", "/-", name="path /-"),
     ask("echo", "/-x/y", name="path /-x/y"),
     ask("echo", "/x", name="another host", host="other.test:8080"),

@@ -282,7 +282,7 @@ DIFFERENCES = [
         ["routing: urls behind a proxy"],
     ),
     Difference(
-        "paths below /-/ are the proxy's own",
+        "two paths below /-/ are the proxy's own",
         "The contract's rows of `/-/routes` and `/-/healthz`; an app at `/` does not "
         "get them. Under any other prefix it does.",
         own_path,
