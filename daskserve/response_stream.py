@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from daskserve import packing
 from daskserve.exceptions import ReplicaDiedError
-from daskserve.session import Session, WorkerSession
+from daskserve.session import ForkedSession, Session, WorkerSession
 from daskserve.transport import values
 from daskserve.transport.calls import Answer
 from daskserve.transport.items import Items
@@ -122,7 +122,9 @@ def error_of(message: Message) -> Exception:
 
 
 def check_blocking(session: Session, what: str, instead: str) -> None:
-    """Refuse to block the loop of a Dask worker."""
+    """Refuse to block where nothing could come: the loop of a Dask worker, say."""
+    if isinstance(session, ForkedSession):
+        raise session.error()
     if isinstance(session, WorkerSession):
         if threading.get_ident() == session.worker.thread_id:
             raise RuntimeError(

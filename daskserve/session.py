@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import ssl
 import threading
 import time
@@ -41,6 +42,7 @@ from daskserve.transport.messages import (
 from daskserve.transport.relayed import RelayedComm
 
 T = TypeVar("T")
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 logger = logging.getLogger(__name__)
 
 #: How long after a worker could not be reached a new connection to it goes by way of
@@ -68,6 +70,7 @@ class Session:
         self.settings = Settings.load()
         self._connection_args = dict(connection_args)
         self._calls: CallSender | None = None
+        _sessions.add(self)
 
     async def rpc(self, op: str, **message: Any) -> Any:
         """Call the controller; on Dask's loop.
@@ -192,7 +195,8 @@ class ClientSession(Session):
                     client._send_to_scheduler, {"op": STREAM_BYE}
                 )
             with contextlib.suppress(RuntimeError, TimeoutError):
-                thread.submit(dispatcher.close()).result(5)
+                reason = "the Dask client that the call was made by is closed"
+                thread.submit(dispatcher.close(reason)).result(5)
             thread.stop()
 
     async def connect(self, address: str) -> Any:
@@ -419,6 +423,40 @@ class WorkerSession(Session):
     async def _call_scheduler(self, op: str, message: dict[str, Any]) -> Any:
         return await getattr(self.worker.scheduler, op)(**message)
 
+
+class ForkedSession(Session):
+    """What a session is in a forked child: the threads that it lives by are not there.
+
+    All that would wait for them says so instead.
+    """
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """There is none."""
+        raise self.error()
+
+    def run(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Any:
+        """Refuse."""
+        raise self.error()
+
+    def error(self) -> ServeNotRunningError:
+        """Say what happened, and what to do."""
+        return ServeNotRunningError(
+            f"this process is a forked child: it has no threads of daskserve, or of "
+            f"Dask's client of {self.address}. Start it by "
+            f"multiprocessing.get_context('spawn'), or make a distributed.Client in it"
+        )
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()  # another thread may have held it
+    for session in list(_sessions):
+        session.__class__ = ForkedSession
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 _client_sessions: weakref.WeakKeyDictionary[Client, ClientSession] = (
     weakref.WeakKeyDictionary()

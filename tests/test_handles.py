@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
 import pickle
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from daskserve.exceptions import (
     DeploymentError,
     DeploymentUnavailableError,
     PicklingError,
+    ReplicaDiedError,
     RequestTimeoutError,
 )
 from tests.utils import ProcessCluster, leftover_threads, poll, run_script
@@ -586,6 +588,50 @@ def test_calling_itself(kit: serve.DeploymentHandle) -> None:
 
     Factorial.deploy()
     assert Factorial.get_handle().remote(6).result(timeout_s=10) == 720
+
+
+def test_pending_calls_of_a_client_that_closes(
+    kit: serve.DeploymentHandle, cluster: ProcessCluster, log: Path
+) -> None:
+    with cluster.client() as other, other.as_current():
+        response = Kit.get_handle().wait.remote(log)
+        wait_for(log, "begin")
+    with pytest.raises(ReplicaDiedError, match="client that the call was made by"):
+        response.result(timeout_s=10)
+    wait_for(log, "cancelled")
+
+
+def say_what_happens(function: Callable[[], Any]) -> str:
+    """Call a function in a forked child, and return its result or error as text."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            text = repr(function())
+        except BaseException as err:
+            text = f"{type(err).__name__}: {err}"
+        os.write(writing, text.encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as file:
+        text = file.read()
+    os.waitpid(child, 0)
+    return text
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_in_a_forked_child(kit: serve.DeploymentHandle, log: Path) -> None:
+    pending = kit.wait.remote(log)
+    wait_for(log, "begin")
+    said = "ServeNotRunningError: this process is a forked child"
+    for attempt in (
+        lambda: kit.remote(1).result(timeout_s=5),
+        lambda: pending.result(timeout_s=5),
+        serve.list_deployments,
+    ):
+        assert say_what_happens(attempt).startswith(said)
+    (log.parent / "go").touch()
+    assert pending.result(timeout_s=10) == "went"  # here all is as it was
 
 
 def test_in_tasks(kit: serve.DeploymentHandle, client: Client) -> None:

@@ -233,16 +233,16 @@ class Dispatcher:
                 group.router.note(slot)
             self.connections.replica_lost(address, replica_id)
 
-    async def close(self) -> None:
-        """Close all channels; what is open fails."""
+    async def close(self, reason: str = "daskserve is stopping here") -> None:
+        """Close all channels; what is open fails, and says the reason."""
         self._closed = True
         self.loads.close()
-        stopped = _stopping()
+        stopped = DeploymentUnavailableError(f"{reason}.")
         for group in self.groups.values():
             if group.timer is not None:
                 group.timer.cancel()
             self._fail_waiting(group, stopped)
-        await self.connections.close("daskserve is stopping here")
+        await self.connections.close(reason)
 
     # Calls.
 
