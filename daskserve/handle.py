@@ -72,7 +72,8 @@ class DeploymentResponse(BaseActorFuture[Any]):
         RequestTimeoutError
             A `TimeoutError`: there was no answer in time.
         RuntimeError
-            Called on the loop of a Dask worker, which must not block: ``await`` it.
+            It could only block for ever: called on the loop of a Dask worker, or, by a
+            replica, for what only its busy thread could run. ``await`` it.
         Exception
             What the deployment raised, if it can be pickled, with the traceback as a
             note; else a `DeploymentError` that has its text and traceback.
@@ -80,7 +81,7 @@ class DeploymentResponse(BaseActorFuture[Any]):
         limit = timeout_s if timeout_s is not None else timeout
         seconds = None if limit is None else duration(limit)
         if not self.done():
-            check_blocking(self._session, "result()", "await response")
+            check_blocking(self._session, self._answer, "result()", "await response")
         try:
             message = self._answer.result(seconds)
         except concurrent.futures.TimeoutError as err:
@@ -401,6 +402,8 @@ def _response(
         if children is None:
             children = context._children = set()
         children.add(answer)
+        if request.deployment == context.deployment:
+            answer.self_call = context, request.method_name
         answer.add_done_callback(children.discard)
     if request.items is not None:
         return DeploymentResponseGenerator(answer, request.items, session, keep_alive)

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from daskserve import packing
 from daskserve.exceptions import ReplicaDiedError
+from daskserve.replica.context import current_replica
 from daskserve.session import ForkedSession, Session, WorkerSession
 from daskserve.transport import values
 from daskserve.transport.calls import Answer
@@ -48,7 +49,7 @@ class DeploymentResponseGenerator:
         while (data := self._items.take()) is None:
             if self._ended():
                 raise StopIteration
-            check_blocking(self._session, "for", "async for")
+            check_blocking(self._session, self._answer, "for", "async for")
             self._items.news().result()
         return packing.unpack(data)
 
@@ -121,10 +122,21 @@ def error_of(message: Message) -> Exception:
     return values.restore(type_name, text, formatted, pickled)
 
 
-def check_blocking(session: Session, what: str, instead: str) -> None:
+def check_blocking(session: Session, answer: Answer, what: str, instead: str) -> None:
     """Refuse to block where nothing could come: the loop of a Dask worker, say."""
     if isinstance(session, ForkedSession):
         raise session.error()
+    context = current_replica.get()
+    if context is not None and answer.self_call is not None:
+        caller, method_name = answer.self_call
+        if caller is context:
+            if context._replica.waits_for_itself(method_name):
+                raise RuntimeError(
+                    f"{what} would wait for ever: {context.deployment!r} has one "
+                    f"replica with one thread, which runs this very code and would "
+                    f"have to run {method_name}() meanwhile. Call the method directly, "
+                    f"make it async, or give the deployment more threads"
+                )
     if isinstance(session, WorkerSession):
         if threading.get_ident() == session.worker.thread_id:
             raise RuntimeError(

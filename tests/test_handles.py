@@ -590,6 +590,48 @@ def test_calling_itself(kit: serve.DeploymentHandle) -> None:
     assert Factorial.get_handle().remote(6).result(timeout_s=10) == 720
 
 
+class Narcissus:
+    def look(self, method: str = "see") -> Any:
+        handle = serve.get_deployment("Narcissus").get_handle()
+        return handle.options(method_name=method).remote().result()
+
+    def send_only(self) -> str:
+        serve.get_deployment("Narcissus").get_handle().see.remote()
+        return "sent"
+
+    def see(self) -> str:
+        return "himself"
+
+
+class AsyncNarcissus(Narcissus):
+    async def see_async(self) -> str:
+        return "nobody"
+
+
+@pytest.mark.parametrize("cls", [Narcissus, AsyncNarcissus])
+def test_waiting_for_oneself(kit: serve.DeploymentHandle, cls: type) -> None:
+    deployed = serve.deployment(cls, name="Narcissus", route_prefix=None)
+    deployed.deploy()
+    handle = deployed.get_handle()
+    assert handle.send_only.remote().result(timeout_s=10) == "sent"
+    with pytest.raises(RuntimeError, match=r"one thread, which .* have to run see\(\)"):
+        handle.look.remote().result(timeout_s=10)
+    with pytest.raises(AttributeError, match="no method 'hear'"):
+        handle.look.remote("hear").result(timeout_s=10)
+    if cls is AsyncNarcissus:
+        answer = handle.look.remote("see_async").result(timeout_s=10)
+        assert answer == "nobody"  # it runs on the loop meanwhile
+    deployed.delete()
+
+
+def test_waiting_for_another_replica(kit: serve.DeploymentHandle) -> None:
+    deployed = serve.deployment(Narcissus, route_prefix=None, num_replicas=2)
+    deployed.deploy()
+    response = deployed.get_handle().look.remote()
+    assert response.result(timeout_s=10) == "himself"
+    deployed.delete()
+
+
 def test_pending_calls_of_a_client_that_closes(
     kit: serve.DeploymentHandle, cluster: ProcessCluster, log: Path
 ) -> None:

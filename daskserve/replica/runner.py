@@ -207,6 +207,18 @@ class Runner:
         exchanges = len(self._http) + len(self._websockets) + len(self._calls)
         return exchanges + self._servable.deserted
 
+    def waits_for_itself(self, method_name: str) -> bool:
+        """Whether who waits for a call of this deployment here keeps it from running.
+
+        Asked on the thread that would wait.
+        """
+        if self.spec.threads > 1 or not self._servable.waits_for(method_name):
+            return False
+        group = self.session.dispatcher.groups.get(self.spec.deployment)
+        if group is None or group.info is None or "load_interval_s" in group.info:
+            return False  # one that scales may get another replica
+        return len(group.router.slots) == 1
+
     def start(self) -> None:
         """Start the threads and, on them, the constructor; returns at once."""
         self._thread.start()

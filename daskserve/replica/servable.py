@@ -116,6 +116,13 @@ class Servable:
         """Sync calls that wait for a thread or run, deserted ones included."""
         return self._threads.jobs
 
+    def waits_for(self, method_name: str) -> bool:
+        """Whether the caller is on a thread of these, and the method runs on one."""
+        if not self._threads.is_current:
+            return False
+        method = self._method(method_name)
+        return self.threaded or is_threaded(bare(method))
+
     @property
     def times(self) -> Times:
         """How long sync calls take on a thread."""

@@ -125,6 +125,11 @@ class SyncThreads:
         """Whether a job that is submitted now begins at once."""
         return self.jobs < self._number
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller is on one of them; any thread."""
+        return threading.current_thread() in self._threads
+
     def submit(self, function: Callable[[], Any], *, by_caller: bool = True) -> Job:
         """Hand over a job, in the context of whoever asks."""
         if len(self._threads) <= self.jobs and len(self._threads) < self._number:

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
+from typing import Any
 
 from daskserve import packing
 from daskserve.exceptions import (
@@ -34,6 +35,8 @@ class Answer(Future[Message]):
 
     #: Called, on any thread, when it is cancelled.
     on_cancel: Callable[[], None] | None = None
+    #: If a replica calls its own deployment, in what context, and which method.
+    self_call: tuple[Any, str] | None = None
 
     def packed(self) -> Packed:
         """Return the value of its ``RESULT`` message.
