@@ -168,7 +168,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         """Hand on a message; uvicorn's prints a traceback for one that is no UTF-8."""
         if self.curr_msg_data_type == "text" and not _is_utf8(self.frames):
             self.frames = []
-            self.conn.fail(1007, "no UTF-8")
+            self.conn.send_close(1007)
             self.handle_parser_exception()
             return
         super().send_receive_event_to_app()
