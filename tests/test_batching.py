@@ -576,3 +576,24 @@ def test_requests_share_batches_that_reconfigure_sets(site: Site) -> None:
         assert {r.status_code for r in pool.map(get, [1, 2, 3, "bad"])} == {500}
         sizes.options(user_config={"size": 8}).deploy()
         assert [r.json()[1] for r in pool.map(get, range(8))] == [8] * 8
+
+
+def test_batched_generators_stream_over_http_and_handles(site: Site) -> None:
+    class Count:
+        @serve.batch(max_batch_size=2, batch_wait_timeout_s=5)
+        async def count(self, to: list[int]) -> AsyncIterator[list[Any]]:
+            for step in range(max(to)):
+                yield [f"{step}" if step < n else StopIteration for n in to]
+
+        def __call__(self, request: Any) -> Any:
+            return self.count(int(request.query_params["x"]))
+
+    def get(x: int) -> str:
+        return httpx.get(site.at(count), params={"x": x}, timeout=20).text
+
+    count = site.deploy(Count)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(get, [3, 5])) == ["012", "01234"]
+        stream = count.get_handle().options(stream=True).count
+        streams = [stream.remote(n) for n in (1, 2)]
+        assert list(pool.map(list, streams)) == [["0"], ["0", "1"]]
