@@ -15,6 +15,7 @@ from daskserve.composition import Application, MakePickler
 from daskserve.config import AutoscalingConfig, Default, DeploymentOptions
 from daskserve.controller.records import Spec
 from daskserve.handle import DeploymentHandle
+from daskserve.ingress import dump_target
 from daskserve.mapping import map_collection
 from daskserve.replica.methods import is_threaded
 from daskserve.session import Session, current_session
@@ -306,7 +307,7 @@ class Deployment:
     def _code(self) -> bytes:
         if isinstance(self._target, bytes):
             return self._target
-        return pickling.dumps(self._target, what=f"deployment {self._options.name!r}")
+        return dump_target(self._target, what=f"deployment {self._options.name!r}")
 
     def _spec(
         self, make_pickler: MakePickler = pickling.Pickler

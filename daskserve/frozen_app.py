@@ -252,6 +252,35 @@ class _AppPickler(Pickler):
         return super().reducer_override(obj)
 
 
+class ClassPickler(Pickler):
+    """Pickles a class that has an app, and its bases, so that each load is another.
+
+    By the id that cloudpickle gives a class, the replicas of one process would share
+    it, and all have the methods that came last: those refer to the app of the last one.
+
+    Parameters
+    ----------
+    file
+        Where the bytes go.
+    cls
+        The class.
+    """
+
+    def __init__(self, file: io.BytesIO, cls: type) -> None:
+        super().__init__(file)
+        self._classes = cls.__mro__
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Leave out the id; see `cloudpickle.cloudpickle._make_skeleton_class`."""
+        reduced = super().reducer_override(obj)
+        if not isinstance(reduced, tuple) or not isinstance(obj, type):
+            return reduced
+        make, args, *rest = reduced
+        if obj not in self._classes or len(args) != 6:
+            return reduced
+        return make, (*args[:4], None, *args[5:]), *rest
+
+
 def _reduce(obj: Any, **changes: object) -> Any:
     return copyreg.__newobj__, (type(obj),), vars(obj) | changes  # type: ignore[attr-defined]
 

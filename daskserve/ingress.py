@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import re
@@ -15,7 +16,8 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 from daskserve.exceptions import PicklingError
-from daskserve.frozen_app import FrozenApp, bind, check, freeze
+from daskserve.frozen_app import ClassPickler, FrozenApp, bind, check, freeze
+from daskserve.pickling import dumps
 
 T = TypeVar("T")
 
@@ -194,6 +196,14 @@ def find_ingress(target: object) -> Ingress | None:
     """
     found = getattr(target, _ATTRIBUTE, None) if isinstance(target, type) else None
     return found if isinstance(found, Ingress) else None
+
+
+def dump_target(target: Any, what: str) -> bytes:
+    """Pickle what is deployed; errors name it as `what`."""
+    if find_ingress(target) is None:
+        return dumps(target, what=what)
+    make = functools.partial(ClassPickler, cls=target)
+    return dumps(target, what=what, pickler=make)
 
 
 def _told(do: Callable[..., T], app: object, cls: type) -> T:

@@ -1603,3 +1603,43 @@ def test_what_a_constructor_does_to_its_app_takes_effect():
     expected = [[["a", limit], ["a", limit], "of a"] for limit in (1, 2)]
     assert [json.loads(each) for each in said] == expected
     assert marks == ["seen"]
+
+
+TWO_IN_ONE = """
+import json
+import httpx
+from dask.distributed import Client, LocalCluster
+from fastapi import FastAPI, Request
+import daskserve as serve
+
+app = FastAPI()
+
+@serve.deployment(num_replicas=2)
+@serve.ingress(app)
+class Model:
+    def __init__(self):
+        self.tag = serve.get_replica_context().replica_tag
+        app.state.tag = self.tag
+
+    def tag_of_app(self):
+        return app.state.tag
+
+    @app.get("/")
+    def ask(self, request: Request):
+        tags = [app.state.tag, self.tag_of_app(), request.app.state.tag]
+        return [self.tag, [tag == self.tag for tag in tags]]
+
+if __name__ == "__main__":
+    with LocalCluster(n_workers=1, threads_per_worker=2) as cluster, Client(cluster):
+        serve.start(http_options={"port": 0})
+        Model.deploy()
+        print(json.dumps([httpx.get(Model.url + "/").json() for _ in range(20)]))
+"""
+
+
+@pytest.mark.slow
+def test_replicas_of_one_process_have_apps_and_classes_of_their_own():
+    lines = run_script(TWO_IN_ONE).stdout.splitlines()
+    answers = json.loads(next(line for line in lines if line[:2] == "[["))
+    assert len({tag for tag, _ in answers}) == 2
+    assert all(same == [True] * 3 for _, same in answers), answers
