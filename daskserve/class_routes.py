@@ -119,7 +119,7 @@ class ClassRoutes:
     def _check_endpoint(self, route: Any, endpoints: set[FunctionType]) -> None:
         function = getattr(route.endpoint, "__func__", route.endpoint)
         where = f"the endpoint of {route.path!r}"
-        if self.binding(route) == "instance" and not _takes_self(function):
+        if self.binding(route) == "instance" and not _takes_self(function, route):
             raise TypeError(
                 f"{function.__qualname__}, {where}, takes no 'self'. Give it that, or "
                 "make it a staticmethod."
@@ -183,13 +183,14 @@ def _hooks(app: Any) -> Iterator[tuple[str, object]]:
         yield "a shutdown hook", hook
 
 
-def _takes_self(function: FunctionType) -> bool:
+def _takes_self(function: FunctionType, route: Any) -> bool:
     first = next(iter(inspect.signature(function).parameters.values()), None)
-    return first is not None and first.kind in (
-        first.POSITIONAL_ONLY,
-        first.POSITIONAL_OR_KEYWORD,
-        first.VAR_POSITIONAL,
-    )
+    if first is None or first.kind in (first.KEYWORD_ONLY, first.VAR_KEYWORD):
+        return False
+    # One that is meant for FastAPI would get the instance.
+    is_for_route = first.name in getattr(route, "param_convertors", {})
+    annotated = first.annotation is not first.empty
+    return first.name == "self" or not (is_for_route or annotated)
 
 
 def _key(route: Any) -> tuple[object, ...]:

@@ -1455,6 +1455,22 @@ def no_self(app):
     return A, r"A.hello, the endpoint of '/a', takes no 'self'"
 
 
+def parameter_in_place_of_self(app):
+    class A:
+        @app.get("/items/{item_id}")
+        def item(item_id): ...
+
+    return A, r"A.item, the endpoint of '/items/{item_id}', takes no 'self'"
+
+
+def annotated_in_place_of_self(app):
+    class A:
+        @app.get("/a")
+        def item(number: int): ...
+
+    return A, r"A.item, the endpoint of '/a', takes no 'self'"
+
+
 def as_middleware(app):
     class A:
         @app.middleware("http")
@@ -1488,6 +1504,8 @@ def as_startup_hook(app):
     [
         override_without_a_route,
         no_self,
+        parameter_in_place_of_self,
+        annotated_in_place_of_self,
         as_middleware,
         as_exception_handler,
         as_startup_hook,
