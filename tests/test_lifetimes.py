@@ -13,7 +13,7 @@ import pytest
 
 import daskserve as serve
 from daskserve.exceptions import ServeNotRunningError
-from tests.utils import Process, ProcessCluster, poll
+from tests.utils import Process, ProcessCluster, poll, run_script
 
 IDLE_S = 1
 
@@ -55,6 +55,43 @@ def kill_in_deploy(cluster: ProcessCluster, directory: Path, kind: str) -> Path:
 
 def _set_idle_timeout(dask_scheduler: Any) -> None:
     dask_scheduler.idle_timeout = IDLE_S
+
+
+OWN_CLUSTER = """
+import os, sys
+from pathlib import Path
+from distributed import Client
+import daskserve as serve
+
+if __name__ == "__main__":
+    folder = sys.argv[1]
+    client = Client(n_workers=2, dashboard_address="127.0.0.1:0")
+    serve.start(http_options={"port": 0})
+
+    @serve.deployment(num_replicas=2)
+    class Model:
+        def __call__(self):
+            return "answer"
+
+        def __del__(self):
+            Path(folder, str(os.getpid())).touch()
+
+    Model.deploy()
+    print(Model.get_handle().remote().result())
+"""
+
+
+@pytest.mark.long
+def test_a_script_that_leaves_its_own_cluster_to_itself(tmp_path: Path) -> None:
+    """Nothing is started anew when it ends, and what runs ends in good order."""
+    ended = tmp_path / "ended"
+    ended.mkdir()
+    text = OWN_CLUSTER.replace("sys.argv[1]", repr(str(ended)))
+    lines = run_script(text).stdout.splitlines()
+    # A worker on a busy machine may not end in the time that Dask gives it.
+    lines = [line for line in lines if "still alive after" not in line]
+    assert lines == ["answer"]
+    assert len(list(ended.iterdir())) == 2
 
 
 def runs() -> bool:

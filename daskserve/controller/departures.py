@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -45,13 +46,19 @@ class Departures:
         Whose ops are wrapped.
     instance
         Returns the instance that runs, if one does.
+    shutdown
+        Ends it.
     """
 
     def __init__(
-        self, scheduler: Scheduler, instance: Callable[[], Instance | None]
+        self,
+        scheduler: Scheduler,
+        instance: Callable[[], Instance | None],
+        shutdown: Callable[[], Awaitable[dict[str, Any]]],
     ) -> None:
         self._scheduler = scheduler
         self._instance = instance
+        self._shutdown = shutdown
         self._retire = scheduler.retire_workers
         self._target = scheduler.adaptive_target
         self._restarted_at = float("-inf")
@@ -132,6 +139,10 @@ class Departures:
         restarts = worker in self._restarting and now < self._restarted_at + RESTART_S
         if instance is None or worker not in self._scheduler.workers or restarts:
             return {"status": "OK"}
+        if not threading.main_thread().is_alive():
+            # A script has ended and its own cluster with it. Nothing can move: Dask's
+            # executors take no work any more.
+            return await self._shutdown()
         why = Leaving(reason=reason, since=now, deadline=now + timeout_s)
         await self._leave(instance, [worker], why, for_good=stays)
         return {"status": "OK"}

@@ -108,7 +108,9 @@ class ServeController(SchedulerPlugin):
         if self._scheduler is not None:
             return
         self._scheduler = scheduler
-        self._departures = Departures(scheduler, lambda: self._instance)
+        self._departures = Departures(
+            scheduler, lambda: self._instance, self.serve_shutdown
+        )
         for op in (
             self.serve_start,
             self.serve_info,
