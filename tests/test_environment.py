@@ -40,7 +40,7 @@ metadata.version = lambda name: "0.0.1" if name == "daskserve" else there(name)
 """
 
 
-#: The Python of another minor version, with daskserve, which `.ci/pythons` names.
+#: The Python of another minor version, with daskserve, which `.ci/run` names.
 OTHER_PYTHON = os.environ.get("OTHER_PYTHON", "")
 
 needs_other_python = pytest.mark.skipif(
