@@ -262,3 +262,49 @@ def test_nonsense_ends_with_a_code_and_no_traceback(
         poll(lambda: app.ends)
     assert isinstance(app.ends[0], OSError)  # as when a client has gone
     assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("data", "answer"),
+    [
+        (frame(PING, b"early"), b"\x8a\x05early"),
+        (frame(TEXT, b"early"), b"\x81\x05early"),
+        (frame(CLOSE, b"\x03\xe8"), b"\x88\x02\x03\xe8"),
+        (b"\x82\x05naked", b"\x88\x13\x03\xea"),
+        (frame(PING, b"p" * 100) * 1000, b"\x8a\x64" + b"p" * 100),
+    ],
+)
+def test_frames_before_the_handshake_is_answered(
+    certificate: Path | None,
+    data: bytes,
+    answer: bytes,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """No client may send them; what they are answered with comes after the answer."""
+    gate = threading.Event()
+
+    async def echo(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            return await tell(scope, receive, send)
+        await receive()
+        while not gate.is_set():
+            await asyncio.sleep(0.01)
+        await send({"type": "websocket.accept"})
+        while (event := await receive())["type"] == "websocket.receive":
+            await send({**event, "type": "websocket.send"})
+
+    with run(echo, certificate) as (_, port), connect(port, certificate) as sock:
+        sock.sendall(HANDSHAKE + b"\r\n")
+        time.sleep(0.05)  # what comes in one packet with it is nobody's
+        sock.sendall(data)
+        time.sleep(0.05)
+        assert b" 200 " in ask(port, LAST, certificate)
+        gate.set()
+        came = b""
+        while answer not in came:
+            assert (part := sock.recv(65536)), came
+            came += part
+    head, _, frames = came.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 101 ")
+    assert frames.startswith(answer)
+    assert "Traceback" not in caplog.text and "Fatal error" not in caplog.text

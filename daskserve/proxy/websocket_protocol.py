@@ -70,11 +70,14 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse, as much of it as may be at once."""
-        if len(data) <= STEP_BYTES and not self._rest:
+        if len(data) <= STEP_BYTES and not self._rest and self.handshake_complete:
             super().data_received(data)
             return
         self._rest = memoryview(bytes(self._rest) + data)
-        if self._turn is None and not self.read_paused:
+        if not self.handshake_complete:
+            # Too early: a pong or a goodbye would go out before the handshake's answer.
+            self.transport.pause_reading()
+        elif self._turn is None and not self.read_paused:
             self._parse()
 
     def _parse(self) -> None:
