@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
@@ -22,13 +23,21 @@ from daskserve.pickling import dumps
 T = TypeVar("T")
 
 _ATTRIBUTE = "__daskserve_ingress__"
+#: How many replicas of this process have had the app of an import string.
+_shared: Counter[str] = Counter()
 _ACCEPTED = (
     "a FastAPI or Starlette app, a FastAPI APIRouter, an ASGI 3 callable, a function "
     'without arguments that returns one of these, or an import string "module:attr"'
 )
 _WAY_OUT = (
     " Pass @serve.ingress a function without arguments that makes the app, or an import"
-    ' string "module:attr": the app is then made in each replica and need not travel.'
+    ' string "module:factory" of one: the app is then made in each replica and need not'
+    " travel."
+)
+_DJANGO = (
+    "A Django app needs its process's settings, which do not travel with it. Pass "
+    "@serve.ingress a function without arguments that sets DJANGO_SETTINGS_MODULE and "
+    'returns get_asgi_application(), or the import string "module:factory" of one.'
 )
 
 
@@ -100,12 +109,25 @@ class Ingress:
             app = _import(app)
         if _is_factory(app):
             app = app()
+        elif isinstance(self.source, str):
+            _shared[self.source] += 1
         asgi = _as_asgi(app)
         if asgi is None:
             if inspect.iscoroutine(app):
                 app.close()
             raise TypeError(f"{self.source!r} gave {app!r}; it must give {_ACCEPTED}.")
         return bind(asgi, instance)
+
+    @property
+    def hint(self) -> str:
+        """What may be wrong with an app that does not start; "" if nothing is known."""
+        if not isinstance(self.source, str) or _shared[self.source] < 2:
+            return ""
+        return (
+            f"{self.source!r} is one object for all replicas and versions in a process "
+            f"and was started here before; if it can start only once, name a function "
+            f'that makes it: @serve.ingress("module:factory")'
+        )
 
 
 def ingress(app: object) -> Callable[[type[T]], type[T]]:
@@ -124,8 +146,9 @@ def ingress(app: object) -> Callable[[type[T]], type[T]]:
     app
         A FastAPI or Starlette app, a FastAPI ``APIRouter``, an ASGI 3 callable, a
         function without arguments that returns one of these, or an import string
-        ``"module:attr"`` of an app or of such a function. Functions and import strings
-        are resolved in the replica.
+        ``"module:factory"`` of such a function. Functions and import strings are
+        resolved in the replica. An app that is named itself, ``"module:app"``, is one
+        object for all replicas and versions in a worker's process.
 
     Returns
     -------
@@ -208,6 +231,8 @@ def dump_target(target: Any, what: str) -> bytes:
 
 def _told(do: Callable[..., T], app: object, cls: type) -> T:
     """Freeze an app, or check that it can be; errors say what else users can do."""
+    if type(app).__module__.partition(".")[0] == "django":
+        raise PicklingError(_DJANGO)
     what = f"The {type(app).__name__} app given to @serve.ingress for {cls.__name__}"
     try:
         return do(app, cls, what=what)

@@ -407,7 +407,7 @@ def test_app_that_cannot_travel(spoil, where):
 
     assert "FastAPI app given to @serve.ingress for A" in str(info.value)
     assert "without arguments" in str(info.value)
-    assert '"module:attr"' in str(info.value)
+    assert '"module:factory"' in str(info.value)
     assert info.value.__cause__ is not None
 
 

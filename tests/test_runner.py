@@ -273,6 +273,48 @@ def test_a_constructor_that_raises(
     assert "no good" in report["text"] and "in __init__" in report["text"]
 
 
+ONLY_ONCE = """
+from contextlib import asynccontextmanager
+from fastapi import FastAPI
+
+def make():
+    started = []
+
+    @asynccontextmanager
+    async def lifespan(app):
+        started.append(1)
+        if len(started) > 1:
+            raise RuntimeError("run() can be called only once")
+        yield
+
+    return FastAPI(lifespan=lifespan)
+
+app = make()
+"""
+
+
+@pytest.mark.parametrize("attribute", ["app", "make"])
+def test_an_app_that_is_named_itself_is_started_again(
+    replica: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attribute: str
+) -> None:
+    name = f"only_once_{attribute}"
+    (tmp_path / f"{name}.py").write_text(ONLY_ONCE)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    @serve.ingress(f"{name}:{attribute}")
+    class App: ...
+
+    assert replica(App).reports[-1]["event"] == "started"
+    again = replica(App).reports[-1]
+    if attribute == "make":
+        assert again["event"] == "started"
+        return
+    last = again["text"].splitlines()[-1]
+    assert "RuntimeError: run() can be called only once" in last
+    assert f"'{name}:app' is one object for all replicas" in last
+    assert '"module:factory"' in last
+
+
 class OneThread:
     """Notes in which threads it runs."""
 

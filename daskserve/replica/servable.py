@@ -25,7 +25,7 @@ from starlette.types import ASGIApp
 from daskserve import pickling
 from daskserve.ingress import find_ingress
 from daskserve.replica.actor import ReplicaSpec
-from daskserve.replica.asgi import Lifespan
+from daskserve.replica.asgi import Lifespan, LifespanError
 from daskserve.replica.client import value_of
 from daskserve.replica.context import current_replica
 from daskserve.replica.methods import (
@@ -184,7 +184,14 @@ class Servable:
         if self._build_app is not None:
             self.app = self._build_app(self.object)
             self._lifespan = Lifespan(self.app)
-            await self._lifespan.startup()
+            try:
+                await self._lifespan.startup()
+            except LifespanError as err:
+                ingress = find_ingress(type(self.object))
+                if ingress is None or not ingress.hint:
+                    raise
+                reason = str(err).strip().splitlines()[-1]
+                raise LifespanError(f"{reason} ({ingress.hint})") from err
 
     async def reconfigure(self, user_config: bytes | None) -> None:
         """Call the user's ``reconfigure``; None, for no config, is not passed on."""
