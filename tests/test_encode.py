@@ -167,7 +167,7 @@ class Color(enum.Enum):
         (types.MappingProxyType({"a": 1}), {"a": 1}),
         ({PurePosixPath("/a"): 1, Decimal("2"): 3}, {"/a": 1, "2": 3}),
         (Pair(1, Decimal("0.5")), [1, 0.5]),
-        (np.datetime64("NaT"), None),
+        (np.datetime64("NaT", "s"), None),
         (np.array(["2026-01-02", "NaT"], "M8[D]"), ["2026-01-02T00:00:00", None]),
         (np.array(["2026-01-02", "NaT"], "M8[ns]"), ["2026-01-02T00:00:00", None]),
         (np.timedelta64(1500, "ms"), 1.5),
