@@ -146,6 +146,12 @@ def _single_dispatch(registry: Mapping[type, Callable[..., Any]]) -> Any:
     return dispatcher
 
 
+def _single_dispatch_method(function: Any, dispatcher: Any) -> Any:
+    made = functools.singledispatchmethod(function)
+    made.dispatcher = dispatcher
+    return made
+
+
 #: What functions have that `functools.singledispatch` makes.
 _DISPATCHER = cast(FunctionType, functools.singledispatch(_named)).__code__
 
@@ -195,6 +201,11 @@ _ALWAYS: dict[type, Callable[[Any], Any]] = {
     type(threading.Lock()): lambda obj: (threading.Lock, ()),
     type(threading.RLock()): lambda obj: (threading.RLock, ()),
     contextvars.ContextVar: _reduce_context_variable,
+    # From Python 3.13 on it has a cache by weak references.
+    functools.singledispatchmethod: lambda obj: (
+        _single_dispatch_method,
+        (obj.func, obj.dispatcher),
+    ),
 }
 #: These are what pickle knows by name.
 BY_NAME: dict[type, Callable[[Any], Any]] = {
