@@ -110,6 +110,9 @@ async def try_one(rng: random.Random, target: Target) -> str | None:
     """Send some requests on one connection; return what is wrong with the answers."""
     requests = [make(rng, f"i{i}") for i in range(rng.choice([1, 1, 2, 3, 20]))]
     spoiled = rng.choice([None, *range(len(requests)), len(requests) - 1])
+    if spoiled is None:  # else it is closed for what is wrong
+        kept = [h for h in requests[-1].head if not h.startswith(b"Connection")]
+        requests[-1].head = [*kept, b"Connection: close"]
     good = requests[:spoiled]
     data = [r.pack() for r in good]
     if spoiled is not None:
