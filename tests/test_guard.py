@@ -136,6 +136,34 @@ def test_reader_that_stops_is_cut_off(count: int, size: int) -> None:
         poll(lambda: app.ended)  # what the app still sends goes nowhere
 
 
+def test_nothing_is_asked_for_after_a_refusal(certificate: Path | None) -> None:
+    began, gate = threading.Event(), threading.Event()
+    received: list[Any] = []
+
+    async def late(scope: Any, receive: Any, send: Any) -> None:
+        began.set()
+        while not gate.is_set():
+            await asyncio.sleep(0.01)
+        try:
+            received.append(await receive())
+        except RuntimeError as err:
+            received.append(err)
+
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+    with run(late, certificate) as (_, port), connect(port, certificate) as sock:
+        sock.sendall(head + b"Expect: 100-continue\r\n\r\n")
+        assert began.wait(10)
+        sock.sendall(b"nonsense\r\n")
+        answer = sock.recv(65536)
+        gate.set()
+        poll(lambda: received)
+        with suppress(ConnectionResetError):
+            while part := sock.recv(65536):
+                answer += part
+    assert received == [{"type": "http.disconnect"}]
+    assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1") == 1
+
+
 def test_slow_reader_is_not_cut_off() -> None:
     app = Respond(10, 65536)
     with run(app) as (guard, port), connect(port) as sock:

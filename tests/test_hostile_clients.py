@@ -74,6 +74,9 @@ BAD = {
     "hexadecimal length": _post("Content-Length: 0x4\r\n", "abcd"),
     "huge length": _post(f"Content-Length: {'9' * 30}\r\n"),
     "unknown coding": _post("Transfer-Encoding: gzip\r\n", EVIL),
+    "unknown coding of an upgrade": _post(
+        "Connection: Upgrade\r\nUpgrade: h2c\r\nTransfer-Encoding: gzip\r\n", EVIL
+    ),
     "nearly chunked": _post("Transfer-Encoding: xchunked\r\n", f"0\r\n\r\n{EVIL}"),
     "chunked not last": _post(f"{CHUNKED[:-2]}, identity\r\n", f"0\r\n\r\n{EVIL}"),
     "chunked twice": _post(CHUNKED * 2, f"0\r\n\r\n{EVIL}"),

@@ -19,7 +19,7 @@ from httptools import HttpParserError, HttpRequestParser
 
 from daskserve.config import HTTPOptions
 from daskserve.proxy.express import Express
-from daskserve.proxy.http_protocol import Cycle, HttpProtocol
+from daskserve.proxy.http_protocol import INVALID, Cycle, HttpProtocol
 from daskserve.proxy.request import FULL_KEY
 from daskserve.transport.files import max_files, missing_files, reserve_files
 from daskserve.transport.handshakes import TlsListener
@@ -332,6 +332,7 @@ class GuardedProtocol(HttpProtocol):
             else:
                 self._write_refusal(status, text)
             self.cycle.disconnected = True  # nothing that the app says is sent any more
+            self.cycle.waiting_for_100_continue = False
             self.cycle.message_event.set()
 
     # What the guard calls.
@@ -400,8 +401,12 @@ class GuardedProtocol(HttpProtocol):
         ]
         self._other_protocol = False
         self.parser = HttpRequestParser(_AfterUpgrade(self))
-        self.parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % b"".join(framing))
-        self._rest = memoryview(data)[end:]
+        try:
+            self.parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % b"".join(framing))
+        except HttpParserError:  # of an upgrade's body, it is known only now
+            self.send_400_response(INVALID)
+        else:
+            self._rest = memoryview(data)[end:]
 
     def _responding(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

@@ -27,6 +27,8 @@ from daskserve.proxy.websocket_protocol import WebSocketProtocol
 ASGI_VERSIONS = {"version": "3.0", "spec_version": "2.3"}
 #: Pauses in reading that are shorter are not watched: most of them are.
 UNWATCHED_PAUSE_S = 0.5
+#: As uvicorn's.
+INVALID = "Invalid HTTP request received."
 #: How long the lines are, each with its CRLFs, that chunks of a body may need.
 CHUNK_LINE_BYTES = 24
 #: These responses have no body, whatever their head says (RFC 9110, 6.4.1).
@@ -102,7 +104,7 @@ class HttpProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
+            self.send_400_response(INVALID)
             return
         except httptools.HttpParserUpgrade as upgrade:
             if self._websocket:
