@@ -8,11 +8,13 @@ import random
 import resource
 import signal
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+from distributed import Scheduler
 
 from daskserve.controller.actions import Settle, StartReplica
 from daskserve.controller.journal import (
@@ -22,6 +24,7 @@ from daskserve.controller.journal import (
     encode,
 )
 from daskserve.controller.keeper import StateKeeper
+from daskserve.controller.plugin import NAME, ServeController
 from daskserve.controller.records import Spec
 from daskserve.controller.state_file import open_state_file
 from tests.test_state import Rig, started
@@ -487,3 +490,35 @@ def test_keeper_leaves_alone_what_it_cannot_read() -> None:
         assert "renamed to aside" in other.reason
 
     run(check)
+
+
+@pytest.mark.parametrize(
+    "fault", ["option missing", "option unknown", "nothing wanted"]
+)
+def test_a_scheduler_starts_though_its_state_makes_no_sense(
+    tmp_path: Path, fault: str
+) -> None:
+    http = {**HTTP, "location": "HeadOnly", "uds": None}
+    there = journal()
+    if fault == "option missing":
+        del http["uds"]
+    elif fault == "option new":
+        http["colour"] = "red"
+    else:
+        nothing = replace(there.deployments[0], serving=None, target=None)
+        there = replace(there, deployments=(nothing,))
+    data = encode(replace(there, http=http), 0)
+    file = open_state_file(str(tmp_path / "state"))
+    file.write(data)
+    keeper = StateKeeper(file)
+
+    async def start() -> None:
+        scheduler = Scheduler(host="127.0.0.1", port=0, dashboard=False)
+        scheduler.add_plugin(ServeController(keeper), name=NAME)
+        async with scheduler:
+            assert "could not be used" in keeper.reason
+
+    asyncio.run(start())
+    (aside,) = tmp_path.glob("state.unreadable-*")
+    assert str(aside) in keeper.reason
+    assert aside.read_bytes() == data

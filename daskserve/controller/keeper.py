@@ -86,11 +86,25 @@ class StateKeeper:
         try:
             journal = await asyncio.to_thread(decode, data, _epoch())
         except UnreadableStateError as err:
-            await self._set_aside(err)
+            await self.refuse(err)
             return None
         self._journal = journal
         await self._probe()
         return journal
+
+    async def refuse(self, err: Exception) -> None:
+        """Put aside what was read, since nothing can be made of it."""
+        self._journal = None
+        try:
+            other = await asyncio.to_thread(self._file.set_aside)
+        except Exception as error:  # fsspec's file systems raise what they like
+            self._give_up(f"cannot be used, nor renamed ({_why(error)}): {err}")
+            return
+        self._found = (
+            f"the state file {self.name} could not be used: {err}. It was renamed to "
+            f"{other}, and nothing was restored"
+        )
+        logger.error("%s", self._found)
 
     def save(self, journal: Journal | None) -> None:
         """Have another state written, if it is another one."""
@@ -151,18 +165,6 @@ class StateKeeper:
             await asyncio.to_thread(self._file.probe)
         except Exception as err:  # fsspec's file systems raise what they like
             self._note_failure(f"cannot be written: {_why(err)}")
-
-    async def _set_aside(self, err: UnreadableStateError) -> None:
-        try:
-            other = await asyncio.to_thread(self._file.set_aside)
-        except Exception as error:  # fsspec's file systems raise what they like
-            self._give_up(f"cannot be used, nor renamed ({_why(error)}): {err}")
-            return
-        self._found = (
-            f"the state file {self.name} could not be used: {err}. It was renamed to "
-            f"{other}, and nothing was restored"
-        )
-        logger.error("%s", self._found)
 
     def _give_up(self, what: str) -> None:
         """Leave alone what is there, for it may be all that a user has."""

@@ -150,7 +150,11 @@ class ServeController(SchedulerPlugin):
             return
         names = [d.name for d in journal.deployments]
         logger.info("Bringing back what was deployed, from %s: %s", keeper.name, names)
-        self._instance = Instance.restored(self._scheduler, journal, keeper)
+        try:
+            self._instance = Instance.restored(self._scheduler, journal, keeper)
+        except Exception as err:  # written by another daskserve, or by hand
+            await keeper.refuse(ValueError(f"it does not hold what it should: {err!r}"))
+            return
         self._spawn(self._resume(self._instance))
 
     async def _resume(self, instance: Instance) -> None:
