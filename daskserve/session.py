@@ -180,7 +180,11 @@ class ClientSession(Session):
 
     def run(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Any:
         """Run a coroutine function on the client's loop, as its own methods do."""
-        return self.client.sync(function, *args)
+        try:
+            return self.client.sync(function, *args)
+        except (ServeError, KeyError, ValueError) as err:
+            # The way there, through loops and threads, says nothing to users.
+            raise err.with_traceback(None) from err.__cause__
 
     def close(self) -> None:
         """End the transport thread; the session can be used again."""

@@ -513,7 +513,7 @@ def test_a_scheduler_starts_though_its_state_makes_no_sense(
     keeper = StateKeeper(file)
 
     async def start() -> None:
-        scheduler = Scheduler(host="127.0.0.1", port=0, dashboard=False)
+        scheduler = Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0")
         scheduler.add_plugin(ServeController(keeper), name=NAME)
         async with scheduler:
             assert "could not be used" in keeper.reason

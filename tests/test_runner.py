@@ -271,6 +271,12 @@ def test_a_constructor_that_raises(
     report = replica(Mixed if on_loop else Sync).reports[-1]
     assert report["event"] == "failed"
     assert "no good" in report["text"] and "in __init__" in report["text"]
+    if error is not StopIteration:  # no coroutine can let it through as it is
+        first, where, source, *_, last = report["text"].splitlines()
+        assert first == "Traceback (most recent call last):"
+        assert __file__ in where and where.endswith("in __init__")
+        assert source.strip() == 'raise error("no good")'
+        assert last.endswith("no good")
 
 
 ONLY_ONCE = """

@@ -8,11 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from distributed import Scheduler, Worker
 
 import daskserve as serve
 from daskserve.controller import publisher
 from daskserve.controller.publisher import Publisher
+from daskserve.exceptions import DeploymentFailedError, ServeNotRunningError
 from daskserve.session import WorkerSession, client_session
 from daskserve.transport.snapshots import follow
 from tests.utils import ProcessCluster, free_port, leftover_threads, poll
@@ -45,6 +47,30 @@ def test_handles_outlive_an_instance(process_cluster: ProcessCluster) -> None:
             # deploy() has returned, so this handle knows of it.
             assert handle.remote().result(timeout_s=10) == 2
             assert client_session(other).dispatcher is kept
+
+
+def test_errors_show_the_users_own_line(process_cluster: ProcessCluster) -> None:
+    """Not what lies between: Dask's and our own ways through loops and threads."""
+
+    @serve.deployment
+    class Broken:
+        def __init__(self) -> None:
+            raise OSError("no model here")
+
+    with process_cluster.client():
+        with pytest.raises(ServeNotRunningError) as forgotten:
+            Broken.deploy()
+        with serve.start(http_options=NO_SERVER):
+            with pytest.raises(DeploymentFailedError) as failed:
+                Broken.deploy()
+    for caught in (forgotten, failed):
+        names = [entry.name for entry in caught.traceback]
+        assert names == ["test_errors_show_the_users_own_line", "deploy", "run"]
+    text = str(failed.value)
+    assert text.count("Traceback (most recent call last)") == 1
+    assert "daskserve/replica" not in text
+    assert f'File "{__file__}"' in text
+    assert 'raise OSError("no model here")' in text
 
 
 def test_the_clock_may_step_back(process_cluster: ProcessCluster) -> None:

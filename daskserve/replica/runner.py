@@ -13,7 +13,6 @@ import inspect
 import logging
 import math
 import os
-import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from contextvars import Context
@@ -305,7 +304,7 @@ class Runner:
         except BaseException as err:
             if _was_cancelled(err):
                 return
-            failure = "".join(traceback.format_exception(err))
+            failure = values.format_error(err)
         if failure is not None:
             logger.error("Replica %s failed to start:\n%s", self.spec.tag, failure)
             # What it has, such as a device, may be needed for the next try.
@@ -358,7 +357,7 @@ class Runner:
                 self._enter_outside()
                 await self._servable.reconfigure(user_config)
         except BaseException as err:
-            error = "".join(traceback.format_exception(err))
+            error = values.format_error(err)
         self._report(
             {"event": "reconfigured", "generation": generation, "error": error}
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import traceback
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -26,6 +27,8 @@ from daskserve.packing import Packed
 from daskserve.transport.calls import Answer
 from daskserve.transport.messages import Headers
 
+#: Begins the names of daskserve's own files.
+_PACKAGE = os.path.join(os.path.dirname(packing.__file__), "")
 #: Begins the keys of other calls' results.
 _RESULT = "daskserve-result"
 
@@ -233,6 +236,18 @@ def unread_requests(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Reque
     ]
 
 
+def format_error(error: BaseException) -> str:
+    """Format an exception and where it was raised, from the first line of user code."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+        trace = trace.tb_next
+    # Of an exception of ours, raised by ourselves, all is shown.
+    formatted = traceback.format_exception(
+        type(error), error, trace or error.__traceback__
+    )
+    return "".join(formatted)
+
+
 def describe(error: BaseException) -> tuple[str, str, str, bytes | None]:
     """Return ``(type name, text, traceback, pickled)`` of an exception.
 
@@ -242,7 +257,7 @@ def describe(error: BaseException) -> tuple[str, str, str, bytes | None]:
         text = str(error)
     except Exception as err:
         text = f"<its text cannot be made: {err!r}>"
-    formatted = "".join(traceback.format_exception(error))
+    formatted = format_error(error)
     pickled = None
     if isinstance(error, Exception):
         try:
