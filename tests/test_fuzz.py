@@ -9,5 +9,7 @@ from tests.fuzz.__main__ import main
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
+# The cluster, the state files and those limits come to the 45 seconds.
+@pytest.mark.timeout(240)
 def test_nothing_is_found(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--seed", "1", "--seconds", "45"]) == 0, capfd.readouterr().out
