@@ -33,6 +33,7 @@ from daskserve.transport.messages import (
     DECLINE,
     FOLLOW,
     LOAD,
+    MODELS,
     OP_CHANNEL,
     REFUSED,
     RESULT,
@@ -719,6 +720,41 @@ def test_who_comes_during_a_pause_waits_for_its_end_only() -> None:
 
 
 # Sessions.
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_the_first_call_for_a_model_finds_who_has_it(silent: bool) -> None:
+    """Another caller's request loaded it there; one that says nothing holds up none."""
+
+    def tell(replica: StandIn, reply_to: ReplyTo, message: Message) -> None:
+        if message[0] == FOLLOW and not (silent and message[2] != 4):
+            ids = ("a",) if message[2] == 4 else ()
+            loop.call_later(
+                0.05, reply_to.send, (MODELS, 0, message[2], 2, 1_000_000, ids)
+            )
+        echo(replica, reply_to, message)
+
+    async def test(dispatcher: Dispatcher) -> None:
+        nonlocal loop
+        loop = asyncio.get_running_loop()
+        replicas = {number: StandIn(tell) for number in range(1, 6)}
+        place = await Place(replicas).start()
+        dispatcher.connect_ahead()
+        dispatcher.update(1, snapshot(*((number, place) for number in replicas)))
+        await dispatcher.connected()
+        began = loop.time()
+        for _ in range(3):
+            call = Call(dispatcher, "D", "a")
+            await call.first(lambda x, r: (CALL, x, r, "x"), retry_lost=False)
+            assert call.slot is not None and call.slot.replica_id == 4
+            call.finish()
+        assert (loop.time() - began < 0.45) != silent
+        assert loop.time() - began < 2
+        assert [replica.ops.count(FOLLOW) for replica in replicas.values()] == [1] * 5
+        place.stop()
+
+    loop: asyncio.AbstractEventLoop
+    run(test)
 
 
 async def where(dispatcher: Dispatcher, session: Session) -> int:

@@ -368,12 +368,11 @@ def test_requests_find_the_replica_that_has_their_model(site: Site) -> None:
     tags = {model_id: tag for _, model_id, tag in answers}
     assert len({(model_id, tag) for _, model_id, tag in answers}) == 4
     assert {model for model, _, _ in answers} == {"A", "B", "C", "D"}
-    for model_id in tags:
+    for model_id, tag in tags.items():
         chosen = handle.options(multiplexed_model_id=model_id)
-        # Perhaps from another replica: this process may not be connected to all yet.
-        model, named, found = chosen.remote().result(timeout_s=20)
-        assert (model, named) == (model_id.upper(), model_id)
-        assert found in tags.values()
+        expected = (model_id.upper(), model_id, tag)
+        # At once, though this process has never asked for it.
+        assert chosen.remote().result(timeout_s=20) == expected
     assert get("none").status_code == 500
     assert get("").status_code == 400
     with pytest.raises(ValueError, match="names no model"):

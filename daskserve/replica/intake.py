@@ -16,7 +16,7 @@ from daskserve.replica.admission import Admission, Caller, slots_of_threads
 from daskserve.replica.servable import Servable
 from daskserve.replica.times import Times
 from daskserve.transport.channel import ReplyTo
-from daskserve.transport.messages import LOAD, NO_LIMIT, ROOM, Message
+from daskserve.transport.messages import LOAD, MODELS, NO_LIMIT, ROOM, Message
 
 #: How long free slots are kept for callers that want them, and say nothing.
 KEPT_S = 1.0
@@ -167,6 +167,15 @@ class Intake:
         self._greeting = message
         for way in self.ways():
             way.send(message)
+
+    def tell_models(self, reply_to: ReplyTo) -> None:
+        """Tell a caller which models are here, even if there are none."""
+        if reply_to.caller not in self._callers:
+            self._meet(reply_to)
+        elif self._greeting is not None:
+            reply_to.send(self._greeting)
+        if self._greeting is None:
+            reply_to.send((MODELS, 0, self._replica_id, 0, 0, ()))
 
     def ways(self) -> Iterable[ReplyTo]:
         """Return the channels to all callers."""

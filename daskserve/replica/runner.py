@@ -440,8 +440,10 @@ class Runner:
                 self._intake.want(reply_to, int(message[3]))
             elif op == DECLINE:
                 self._intake.decline(reply_to)
-            elif op == FOLLOW and self._sessions is not None:
-                self._sessions.follow(reply_to)
+            elif op == FOLLOW:
+                self._intake.tell_models(reply_to)
+                if self._sessions is not None:
+                    self._sessions.follow(reply_to)
 
     def _begin(self, reply_to: ReplyTo, message: Message) -> None:
         slot = None

@@ -38,6 +38,8 @@ from daskserve.transport.snapshots import follow
 ASKED_PAUSE_S = 0.5
 #: And one that refuses for any other reason.
 REFUSED_PAUSE_S = 0.05
+#: How long the first request for a model waits for replicas to tell which they have.
+MODELS_S = 0.5
 #: How many replicas are asked for slots at a time, and for how many at most.
 ASKED_REPLICAS, ASKED_SLOTS = 8, 64
 #: How long a process that has just connected waits to be told of the routing.
@@ -154,9 +156,8 @@ class Dispatcher:
         if group.wanted:
             self.connections.update_direct(former, info)
             self._connect(group, new)
-            if group.affinity is not None:
-                known = affinity == group.affinity
-                self._follow(new if known else group.router.slots.values())
+            same = affinity == group.affinity
+            self._follow(new if same else group.router.slots.values())
         elif self.ahead:
             self._want(group)
         for slot in new:
@@ -355,6 +356,13 @@ class Dispatcher:
         if call.near is not None:
             slot = router.choose_near(*call.near, now)
         elif call.model_id:
+            if not group.by_model:
+                group.by_model = True
+                group.models_until = now + MODELS_S
+                self._look_again(group, group.models_until)
+                self._follow(router.slots.values())
+            if group.hears_models(now):
+                return None  # one may have it that was never asked from here
             slot = router.choose_for_model(call.model_id, now, call.avoid)
         else:
             slot = router.choose(now, call.avoid)
@@ -422,7 +430,7 @@ class Dispatcher:
 
     def _ask_for_slots(self, group: Group, now: float) -> None:
         """Ask replicas for slots that are full of other callers' requests."""
-        if group.connecting_until:
+        if group.connecting_until or group.hears_models(now):
             return
         number = min(group.waiting, ASKED_SLOTS)
         for slot in group.router.to_ask(ASKED_REPLICAS):
@@ -446,8 +454,9 @@ class Dispatcher:
         group.timer = None
         now = self.loop.time()
         due = group.router.reopen(now)
-        if group.connecting_until > now:
-            due = min(due or group.connecting_until, group.connecting_until)
+        for until in (group.connecting_until, group.models_until):
+            if until > now:
+                due = min(due or until, until)
         if due is not None:
             self._look_again(group, due)
         self._hand_out(group)
@@ -474,6 +483,8 @@ class Dispatcher:
             group.router.models.report(
                 slot, limit, load_us / 1e6, ids, self.loop.time()
             )
+            if group.waiting:
+                self._hand_out(group)
 
     def _has_slot(self, group: Group, slot: Slot) -> None:
         """Take a slot that a replica keeps for this process, for a moment."""
@@ -501,10 +512,15 @@ class Dispatcher:
             group.router.open(slot)
 
     def _follow(self, slots: Iterable[Slot]) -> None:
-        """Ask replicas that can be reached for their sessions, if they matter."""
+        """Ask replicas for their sessions and models, if these matter.
+
+        Only those that can be reached; others are asked when they can.
+        """
         for slot in slots:
             group = self._group_of.get(slot.replica_id)
-            if group is not None and group.affinity is not None and slot.reachable:
+            if group is None or not slot.reachable:
+                continue
+            if group.by_model or group.affinity is not None:
                 channel = self.connections.channel(slot)
                 channel.send((FOLLOW, 0, slot.replica_id))
 

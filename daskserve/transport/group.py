@@ -29,10 +29,10 @@ class Group:
         Its name.
     """
 
-    __slots__ = ("_queue", "_returned", "affinity", "bound", "connecting_until",
-                 "hopeless", "info", "max_queued", "max_websockets", "name", "reason",
-                 "router", "sessions", "timeout_s", "timer", "timer_at", "waiting",
-                 "wanted")  # fmt: skip
+    __slots__ = ("_queue", "_returned", "affinity", "bound", "by_model",
+                 "connecting_until", "hopeless", "info", "max_queued", "max_websockets",
+                 "models_until", "name", "reason", "router", "sessions", "timeout_s",
+                 "timer", "timer_at", "waiting", "wanted")  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -52,6 +52,10 @@ class Group:
         #: Where its requests name their sessions, if replicas are chosen by them.
         self.affinity: Affinity | None = None
         self.sessions = Bindings()
+        #: Whether there have been requests for models, and until when the first ones
+        #: wait for replicas to tell which they have.
+        self.by_model = False
+        self.models_until = 0.0
         #: Those who wait for one replica only, by its number.
         self.bound: dict[int, deque[Call]] = {}
         #: Of the next look at replicas that are closed, or not reachable yet.
@@ -124,6 +128,13 @@ class Group:
         """Return all calls that wait."""
         queues = [*self.bound.values(), self._returned, self._queue]
         return (call for queue in queues for call in list(queue) if call.queued)
+
+    def hears_models(self, now: float) -> bool:
+        """Whether replicas are about to tell which models they have."""
+        if now >= self.models_until:
+            return False
+        models, slots = self.router.models, self.router.slots.values()
+        return any(slot.reachable and not models.knows(slot) for slot in slots)
 
     def fair_share(self) -> int:
         """Return how many requests each replica gets if all get the same."""

@@ -48,7 +48,7 @@ These belong to no exchange, and have a 0 for its id:
               others: when that has changed
 ``MODELS``    replica, how many models it keeps or 0, microseconds that one takes to
               load, ids of those it has: when they have changed
-``FOLLOW``    replica: from a caller that wants to be told of its sessions
+``FOLLOW``    replica: from a caller that wants to be told of its sessions and models
 ``SESSION``   replica, digests in a row: it has these sessions; see `affinity`
 ``WELCOME``   the secret was right (on direct connections)
 ``GOODBYE``   the replica is about to end (on direct connections)

@@ -45,6 +45,10 @@ class ModelPlaces(Generic[S]):
         """Return the replicas that have a model, or are about to."""
         return self._holders.get(model_id, ())
 
+    def knows(self, slot: S) -> bool:
+        """Whether a replica has told of its models."""
+        return slot in self._loaded
+
     def has_room(self, slot: S, now: float) -> bool:
         """Whether a replica can load one more without pushing another out."""
         if not self._limit:
@@ -81,7 +85,8 @@ class ModelPlaces(Generic[S]):
         now
             Time in seconds.
         """
-        self._limit = limit
+        if load_s or ids:  # else it does not know yet itself
+            self._limit = limit
         if load_s:
             self.load_s = max(load_s, LEAST_LOAD_S)
         expected = self._expected.get(slot, {})
