@@ -123,7 +123,8 @@ class Deployment:
         ------
         DeploymentFailedError
             The replicas do not start: the text has the last traceback, or what they
-            wait for.
+            wait for, and ``__cause__`` is what the constructor raised if that can be
+            pickled.
         ValueError
             The route prefix is taken, or ``prev_version`` is not what is there.
         TypeError

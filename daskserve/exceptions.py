@@ -50,7 +50,10 @@ class PicklingError(ServeError, TypeError):
 
 
 class DeploymentFailedError(ServeError, RuntimeError):
-    """``deploy()`` did not end with healthy replicas; the text has the reason."""
+    """``deploy()`` did not end with healthy replicas; the text has the reason.
+
+    ``__cause__`` is the exception that a constructor raised last, if it can be pickled.
+    """
 
 
 class RequestError(ServeError):

@@ -32,6 +32,7 @@ from daskserve.replica.runner import STOP_MARGIN_S, Runner
 from daskserve.session import Session
 from daskserve.transport.dispatcher import Dispatcher
 from daskserve.transport.loops import LoopThread
+from daskserve.transport.values import load_error
 
 T = TypeVar("T")
 
@@ -216,7 +217,8 @@ class LocalApp:
         while waiting:
             tag, news = self._reports.get()
             if news["event"] == "failed":
-                raise DeploymentFailedError(f"{tag} failed to start:\n\n{news['text']}")
+                text = f"{tag} failed to start:\n\n{news['text']}"
+                raise DeploymentFailedError(text) from load_error(news["cause"])
             waiting -= news["event"] == "started"
         for parts in stage:
             self.session.route(parts.name, self._routing_entry(parts.name))

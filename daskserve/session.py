@@ -27,6 +27,7 @@ from daskserve.config import Settings
 from daskserve.exceptions import ServeError, ServeNotRunningError
 from daskserve.replica.actor import PLUGIN_NAME
 from daskserve.replica.context import current_replica
+from daskserve.transport import values
 from daskserve.transport.calls import CallSender
 from daskserve.transport.dispatcher import Dispatcher
 from daskserve.transport.loops import LoopThread
@@ -96,7 +97,7 @@ class Session:
         if reply.get("status") == "error":
             kind, text = reply["kind"], reply["text"]
             error = getattr(exceptions, kind, None) or _BUILTIN_ERRORS.get(kind)
-            raise (error or ServeError)(text)
+            raise (error or ServeError)(text) from values.load_error(reply.get("cause"))
         self._controller_answered()
         return reply.get("result")
 

@@ -568,6 +568,7 @@ def test_failing_constructor(url: str, log: Log) -> None:
         assert isinstance(caught.value, RuntimeError)
         for text in ["Traceback", "__init__", "LookupError: no such table", "Broken"]:
             assert text in str(caught.value)
+        assert repr(caught.value.__cause__) == "LookupError('no such table')"
         assert log.lines() == ["init"] * 3
         status = serve.status().deployments["Broken"]
         assert status.state == "DEPLOY_FAILED"
@@ -592,6 +593,30 @@ def test_failing_constructor(url: str, log: Log) -> None:
     assert get(f"{url}/Broken") == (200, "ok")
     Broken.options(version="3").deploy(False)
     assert serve.status().deployments["Broken"].state == "HEALTHY"
+
+
+def test_the_cause_of_a_failed_deploy(url: str) -> None:
+    class OutOfWeights(Exception):
+        pass
+
+    @serve.deployment
+    class Broken:
+        def __init__(self, value: str) -> None:
+            try:
+                raise KeyError("weights")
+            except KeyError as err:
+                raise OutOfWeights(eval(value)) from err
+
+    def cause(value: str) -> BaseException | None:
+        with pytest.raises(DeploymentFailedError, match="OutOfWeights") as caught:
+            Broken.deploy(value)
+        return caught.value.__cause__
+
+    error = cause("42")
+    assert isinstance(error, OutOfWeights)
+    assert error.args == (42,)
+    assert cause("'x' * 100_000") is None
+    assert cause("(n for n in ())") is None
 
 
 def test_constructor_that_fails_once(url: str, log: Log) -> None:

@@ -130,8 +130,9 @@ def test_what_does_not_start_is_an_error_and_leaves_nothing() -> None:
             raise OSError("no weights here")
 
     first = serve.run(app(1, 1), local=True)
-    with pytest.raises(DeploymentFailedError, match="no weights here"):
+    with pytest.raises(DeploymentFailedError, match="no weights here") as caught:
         serve.run(Broken.bind(Model.bind(1)), local=True)
+    assert isinstance(caught.value.__cause__, OSError)
     assert first.remote(0).result(10) == [2, 2]  # it goes on
 
 

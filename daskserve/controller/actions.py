@@ -125,10 +125,13 @@ class Failure:
         Name of the exception class to raise.
     text
         Its text: one line of summary, then the details.
+    cause
+        Its cause, pickled by a replica: not for the scheduler to read.
     """
 
     kind: str
     text: str
+    cause: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

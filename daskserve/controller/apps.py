@@ -198,7 +198,7 @@ class Apps:
             return failure
         logger.error("App %s could not be put back: %s", app, problem.text)
         note = f"What was there before could not be put back:\n{problem.text}"
-        return Failure(failure.kind, f"{failure.text}\n\n{note}")
+        return replace(failure, text=f"{failure.text}\n\n{note}")
 
     async def _delete(self, names: Iterable[str]) -> Failure | None:
         """Delete deployments one after the other, the last one first."""

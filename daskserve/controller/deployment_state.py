@@ -353,16 +353,18 @@ class ManagedDeployment:
         death = Death(replica.tag, replica.worker, last_line(reason), now)
         self.deaths.append(death)
 
-    def end_deploy(self, failure: str | None) -> None:
+    def end_deploy(self, failure: str | None, cause: bytes | None = None) -> None:
         """Tell the ``deploy()`` calls that wait, if there are any, how it ended.
 
         Parameters
         ----------
         failure
             None if it went well.
+        cause
+            What a replica's constructor raised, pickled there, if it can be.
         """
         tickets, self.target.tickets = self.target.tickets, []
         error = None
         if failure is not None:
-            error = Failure("DeploymentFailedError", failure)
+            error = Failure("DeploymentFailedError", failure, cause)
         self.shared.settled += [Settle(ticket, error) for ticket in tickets]

@@ -71,7 +71,9 @@ def started(
     replica.enter(ReplicaState.RUNNING, "", now)
 
 
-def failed(d: ManagedDeployment, replica: Replica, text: str, now: float) -> None:
+def failed(
+    d: ManagedDeployment, replica: Replica, text: str, cause: bytes | None, now: float
+) -> None:
     """Note that the constructor or the first reconfigure raised.
 
     Parameters
@@ -82,6 +84,8 @@ def failed(d: ManagedDeployment, replica: Replica, text: str, now: float) -> Non
         The replica.
     text
         The traceback.
+    cause
+        What was raised, pickled by the replica, if it can be.
     now
         Time in seconds.
     """
@@ -90,7 +94,7 @@ def failed(d: ManagedDeployment, replica: Replica, text: str, now: float) -> Non
         d.note_death(replica, text, now)
     d.release(replica)
     if replica.state == ReplicaState.STARTING:
-        count_failure(d, replica, text, now)
+        count_failure(d, replica, text, now, cause)
 
 
 def stopped(d: ManagedDeployment, replica: Replica) -> None:

@@ -144,10 +144,16 @@ def give_up(d: ManagedDeployment, what: str, details: str) -> None:
         summary += "; its former options are back in force"
     goal.failure = f"{summary}\n\n{details}"
     d.at_rest = False
-    d.end_deploy(goal.failure)
+    d.end_deploy(goal.failure, goal.last_cause)
 
 
-def count_failure(d: ManagedDeployment, dead: Replica, text: str, now: float) -> None:
+def count_failure(
+    d: ManagedDeployment,
+    dead: Replica,
+    text: str,
+    now: float,
+    cause: bytes | None = None,
+) -> None:
     """Try again a little later, or give the target up.
 
     Parameters
@@ -161,6 +167,8 @@ def count_failure(d: ManagedDeployment, dead: Replica, text: str, now: float) ->
         The traceback.
     now
         Time in seconds.
+    cause
+        What was raised, pickled by the replica, if it can be.
     """
     goal = d.goal_of(dead)
     if goal is None or goal not in d.upkeep():
@@ -170,7 +178,7 @@ def count_failure(d: ManagedDeployment, dead: Replica, text: str, now: float) ->
         return
     goal.failures += 1
     goal.failed_on[dead.worker] += 1
-    goal.last_failure = text
+    goal.last_failure, goal.last_cause = text, cause
     limit = d.shared.max_failures(goal.spec.num_replicas)
     if goal.in_progress and goal.failures >= limit:
         what = f"{goal.failures} of {limit} tries to start a replica failed, the last"

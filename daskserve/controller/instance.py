@@ -328,7 +328,8 @@ class Instance:
                 limit=news["limit"],
             )
         elif event == "failed":
-            self._state.replica_failed(replica_id, news["text"], now=now)
+            text, cause = news["text"], news["cause"]
+            self._state.replica_failed(replica_id, text, cause, now=now)
         elif event == "stopped":
             self._state.replica_stopped(replica_id)
         elif event == "reconfigured":

@@ -7,6 +7,7 @@ dicts that `session.Session.rpc` raises again.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import logging
 import time
@@ -63,7 +64,7 @@ def _answers(function: Callable[..., Coroutine[Any, Any, Any]]) -> Handler:
             text = str(err.args[0]) if err.args else str(err)
             return {"status": "error", "kind": type(err).__name__, "text": text}
         if isinstance(result, Failure):
-            return {"status": "error", "kind": result.kind, "text": result.text}
+            return {"status": "error", **dataclasses.asdict(result)}
         return {"status": "OK", "result": result}
 
     return handler

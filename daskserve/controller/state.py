@@ -280,7 +280,9 @@ class ControllerState:
         if found := self._find(replica_id):
             events.started(*found, pid, now, direct, limit)
 
-    def replica_failed(self, replica_id: int, text: str, *, now: float) -> None:
+    def replica_failed(
+        self, replica_id: int, text: str, cause: bytes | None = None, *, now: float
+    ) -> None:
         """Note that a replica's constructor or first reconfigure raised.
 
         Parameters
@@ -289,11 +291,13 @@ class ControllerState:
             Number of the replica.
         text
             The traceback.
+        cause
+            What was raised, pickled by the replica, if it can be.
         now
             Time in seconds.
         """
         if found := self._find(replica_id):
-            events.failed(*found, text, now)
+            events.failed(*found, text, cause, now)
 
     def replica_stopped(self, replica_id: int) -> None:
         """Note that a replica told to stop has ended.

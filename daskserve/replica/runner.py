@@ -89,6 +89,8 @@ MAX_TOLD = 1000
 CANCEL_TIMEOUT_S = 1.0
 #: How long an app may take to end a response that nobody wants any more by itself.
 TOLD_S = 1.0
+#: How many bytes of an exception that a replica did not start by are passed on.
+LARGEST_CAUSE = 2**16
 #: Beyond the grace period, how long a replica may take before it is given up.
 STOP_MARGIN_S = 4.0
 #: How long shutdown hooks and ``__del__`` may take together, after the grace period.
@@ -304,13 +306,16 @@ class Runner:
         except BaseException as err:
             if _was_cancelled(err):
                 return
-            failure = values.format_error(err)
+            failure = values.describe(err)
         if failure is not None:
-            logger.error("Replica %s failed to start:\n%s", self.spec.tag, failure)
+            _, _, text, cause = failure
+            logger.error("Replica %s failed to start:\n%s", self.spec.tag, text)
             # What it has, such as a device, may be needed for the next try.
             self._enter_outside()
             await self._shut_down()
-            self._report({"event": "failed", "text": failure})
+            if cause is not None and len(cause) > LARGEST_CAUSE:
+                cause = None
+            self._report({"event": "failed", "text": text, "cause": cause})
             return
         direct = await self._listen()
         self._intake.started()

@@ -286,15 +286,22 @@ def restore(
 
     The traceback in the replica is added to it as a note.
     """
-    if pickled is not None:
-        try:
-            error = pickling.loads(pickled)
-        except Exception:
-            error = None
-        if isinstance(error, Exception):
-            error.add_note(f"Traceback in the replica:\n{formatted}")
-            return error
-    return DeploymentError(type_name, text, formatted)
+    error = load_error(pickled)
+    if error is None:
+        return DeploymentError(type_name, text, formatted)
+    error.add_note(f"Traceback in the replica:\n{formatted}")
+    return error
+
+
+def load_error(pickled: bytes | None) -> Exception | None:
+    """Return a pickled exception, or None if it is none here."""
+    if pickled is None:
+        return None
+    try:
+        error = pickling.loads(pickled)
+    except Exception:
+        return None
+    return error if isinstance(error, Exception) else None
 
 
 def _cannot_compute(collection: Any) -> Future[Any]:
