@@ -854,17 +854,16 @@ def test_replica_context(kit: serve.DeploymentHandle, url: str) -> None:
     replicas = serve.status().deployments["Kit"].replicas
     tags = {replica.replica_tag for replica in replicas}
     for call in (kit.where, kit.where_sync):
-        found = set()
-
-        def all_answered() -> bool:
-            # One that is slow for a moment gets nothing of so little work.
+        found: set[str] = set()
+        deadline = time.monotonic() + 20
+        while (
+            found != tags
+        ):  # one that is slow for a moment gets nothing of little work
+            assert time.monotonic() < deadline, found
             for response in [call.remote() for _ in range(40)]:
                 deployment, tag, _, is_self = response.result(timeout_s=10)
                 assert (deployment, is_self) == ("Kit", True)
                 found.add(tag)
-            return found == tags
-
-        poll(all_answered)
 
     app = FastAPI()
 
