@@ -122,9 +122,8 @@ class Deployment:
         Raises
         ------
         DeploymentFailedError
-            The replicas do not start: the text has the last traceback, or what they
-            wait for, and ``__cause__`` is what the constructor raised if that can be
-            pickled.
+            The replicas do not start. The text has what they wait for, or the last
+            traceback, unless what the constructor raised is its ``__cause__``.
         ValueError
             The route prefix is taken, or ``prev_version`` is not what is there.
         TypeError

@@ -75,8 +75,8 @@ class DeploymentResponse(BaseActorFuture[Any]):
             It could only block for ever: called on the loop of a Dask worker, or, by a
             replica, for what only its busy thread could run. ``await`` it.
         Exception
-            What the deployment raised, if it can be pickled, with the traceback as a
-            note; else a `DeploymentError` that has its text and traceback.
+            What the deployment raised, if it can be pickled, with its traceback in
+            the replica; else a `DeploymentError` that has its text and traceback.
         """
         limit = timeout_s if timeout_s is not None else timeout
         seconds = None if limit is None else duration(limit)

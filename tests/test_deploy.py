@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -566,8 +567,10 @@ def test_failing_constructor(url: str, log: Log) -> None:
         with pytest.raises(DeploymentFailedError) as caught:
             deployment.deploy(True)
         assert isinstance(caught.value, RuntimeError)
+        printed = "".join(traceback.format_exception(caught.value))
         for text in ["Traceback", "__init__", "LookupError: no such table", "Broken"]:
-            assert text in str(caught.value)
+            assert text in printed
+        assert printed.count('raise LookupError("no such table")') == 1
         assert repr(caught.value.__cause__) == "LookupError('no such table')"
         assert log.lines() == ["init"] * 3
         status = serve.status().deployments["Broken"]
@@ -615,6 +618,7 @@ def test_the_cause_of_a_failed_deploy(url: str) -> None:
     error = cause("42")
     assert isinstance(error, OutOfWeights)
     assert error.args == (42,)
+    assert repr(error.__cause__) == "KeyError('weights')"
     assert cause("'x' * 100_000") is None
     assert cause("(n for n in ())") is None
 

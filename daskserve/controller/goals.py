@@ -124,7 +124,9 @@ def judge(d: ManagedDeployment, now: float) -> None:
         give_up(d, f"{ready} of {wanted} replicas ready {after}", _missing(d, now))
 
 
-def give_up(d: ManagedDeployment, what: str, details: str) -> None:
+def give_up(
+    d: ManagedDeployment, what: str, details: str, cause: bytes | None = None
+) -> None:
     """Let the target fail; what served before is the goal again.
 
     Parameters
@@ -135,6 +137,8 @@ def give_up(d: ManagedDeployment, what: str, details: str) -> None:
         What went wrong, in one line.
     details
         More lines, as a traceback.
+    cause
+        What a replica raised, pickled there, if it can be.
     """
     goal = d.target
     summary = f"deployment {d.name!r} failed: {what}"
@@ -144,7 +148,8 @@ def give_up(d: ManagedDeployment, what: str, details: str) -> None:
         summary += "; its former options are back in force"
     goal.failure = f"{summary}\n\n{details}"
     d.at_rest = False
-    d.end_deploy(goal.failure, goal.last_cause)
+    # The cause has its traceback with it.
+    d.end_deploy(summary if cause else goal.failure, cause)
 
 
 def count_failure(
@@ -178,11 +183,11 @@ def count_failure(
         return
     goal.failures += 1
     goal.failed_on[dead.worker] += 1
-    goal.last_failure, goal.last_cause = text, cause
+    goal.last_failure = text
     limit = d.shared.max_failures(goal.spec.num_replicas)
     if goal.in_progress and goal.failures >= limit:
         what = f"{goal.failures} of {limit} tries to start a replica failed, the last"
-        give_up(d, f"{what} on {dead.worker} with {last_line(text)}", text)
+        give_up(d, f"{what} on {dead.worker} with {last_line(text)}", text, cause)
         return
     most = _RETRY_MAX_S if goal.in_progress else _RETRY_MAX_REACHED_S
     retry(d, goal, goal.failures, most, text, now)

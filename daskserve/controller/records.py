@@ -339,7 +339,6 @@ class Goal:
     #: Failed constructors since the beginning, or since all replicas ran.
     failures: int = 0
     last_failure: str = ""
-    last_cause: bytes | None = None
     #: Where they failed.
     failed_on: Counter[str] = field(default_factory=Counter)
 
@@ -351,7 +350,7 @@ class Goal:
     def forget_failures(self) -> None:
         """Start counting anew, since all replicas run."""
         self.failures = 0
-        self.last_failure, self.last_cause = "", None
+        self.last_failure = ""
         self.failed_on.clear()
 
 

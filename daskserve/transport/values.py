@@ -14,8 +14,10 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pickle import PickleBuffer
+from types import TracebackType
 from typing import Any, cast
 
+import tblib.pickling_support
 from dask.base import is_dask_collection
 from distributed import Future
 from distributed.actor import BaseActorFuture
@@ -238,20 +240,16 @@ def unread_requests(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Reque
 
 def format_error(error: BaseException) -> str:
     """Format an exception and where it was raised, from the first line of user code."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_PACKAGE):
-        trace = trace.tb_next
-    # Of an exception of ours, raised by ourselves, all is shown.
-    formatted = traceback.format_exception(
-        type(error), error, trace or error.__traceback__
-    )
-    return "".join(formatted)
+    trace = _users_part(error.__traceback__)
+    return "".join(traceback.format_exception(type(error), error, trace))
 
 
 def describe(error: BaseException) -> tuple[str, str, str, bytes | None]:
     """Return ``(type name, text, traceback, pickled)`` of an exception.
 
-    The last is None if the exception does not survive the journey.
+    The last has the traceback and what the exception was raised from, as Dask's have,
+    or at least the exception itself; None if it does not survive the journey. The
+    exception is changed.
     """
     try:
         text = str(error)
@@ -260,13 +258,30 @@ def describe(error: BaseException) -> tuple[str, str, str, bytes | None]:
     formatted = format_error(error)
     pickled = None
     if isinstance(error, Exception):
-        try:
-            pickled = pickling.dumps(error, what="the exception")
-            if type(pickling.loads(pickled)) is not type(error):
-                pickled = None
-        except Exception:
-            pickled = None
+        tblib.pickling_support.install(error)
+        error.__traceback__ = _users_part(error.__traceback__)
+        pickled = _dump_error(error)
+        if pickled is None:  # what it was raised from may be why
+            error.__cause__ = error.__context__ = error.__traceback__ = None
+            error.add_note(f"Traceback in the replica:\n{formatted}")
+            pickled = _dump_error(error)
     return type(error).__qualname__, text, formatted, pickled
+
+
+def _users_part(trace: TracebackType | None) -> TracebackType | None:
+    """Leave out the frames of ours before the first of user code, if there is one."""
+    first = trace
+    while first is not None and first.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+        first = first.tb_next
+    return first or trace
+
+
+def _dump_error(error: Exception) -> bytes | None:
+    try:
+        pickled = pickling.dumps(error, what="the exception")
+        return pickled if type(pickling.loads(pickled)) is type(error) else None
+    except Exception:
+        return None
 
 
 def request_error(error: BaseException) -> RequestError | None:
@@ -282,15 +297,8 @@ def request_error(error: BaseException) -> RequestError | None:
 def restore(
     type_name: str, text: str, formatted: str, pickled: bytes | None
 ) -> Exception:
-    """Return the exception that `describe` described, or a `DeploymentError`.
-
-    The traceback in the replica is added to it as a note.
-    """
-    error = load_error(pickled)
-    if error is None:
-        return DeploymentError(type_name, text, formatted)
-    error.add_note(f"Traceback in the replica:\n{formatted}")
-    return error
+    """Return the exception that `describe` described, or a `DeploymentError`."""
+    return load_error(pickled) or DeploymentError(type_name, text, formatted)
 
 
 def load_error(pickled: bytes | None) -> Exception | None:
