@@ -8,6 +8,7 @@ import datetime as dt
 import enum
 import ipaddress
 import json
+import math
 import re
 import types
 import uuid
@@ -29,6 +30,11 @@ from daskserve.replica.encode import BYTES, JSON, TEXT, NotEncodableError, encod
 class Point:
     x: int
     y: int
+
+
+@dataclasses.dataclass
+class Held:
+    by: dict[Any, Any]
 
 
 class Pair(NamedTuple):
@@ -97,6 +103,10 @@ def test_plain_bodies(result: Any, expected: tuple[bytes, bytes]) -> None:
         ([{NOW: 1, ID: 2**70}], [{NOW.isoformat(): 1, str(ID): 2**70}]),
         ([Pair(1, np.int64(2))], [[1, 2]]),
         (Point(1, 2), {"x": 1, "y": 2}),
+        (
+            [Held({1: {None: 2, 0.5: 3}, ID: 4})],
+            [{"by": {"1": {"null": 2, "0.5": 3}, str(ID): 4}}],
+        ),
         ([Model(at=NOW, n=1)], [{"at": "2026-01-02T03:04:05", "n": 1}]),
         ({"at": NOW, "id": ID}, {"at": "2026-01-02T03:04:05", "id": str(ID)}),
     ],
@@ -170,6 +180,21 @@ class Color(enum.Enum):
         (np.datetime64("NaT", "s"), None),
         (np.array(["2026-01-02", "NaT"], "M8[D]"), ["2026-01-02T00:00:00", None]),
         (np.array(["2026-01-02", "NaT"], "M8[ns]"), ["2026-01-02T00:00:00", None]),
+        (
+            [
+                {"at": np.array(["NaT", "2026-01-02"], f"M8[{unit}]"), "x": math.nan}
+                for unit in ("D", "h", "s", "us", "ns")
+            ],
+            [{"at": [None, "2026-01-02T00:00:00"], "x": None}] * 5,
+        ),
+        (
+            {
+                "at": dt.datetime(1970, 1, 1),
+                "x": np.array([math.inf]),
+                "t": np.array(["NaT"], "m8[s]"),
+            },
+            {"at": "1970-01-01T00:00:00", "x": [None], "t": [None]},
+        ),
         (np.timedelta64(1500, "ms"), 1.5),
         (np.array([1_500_000_000, "NaT"], "m8[ns]"), [1.5, None]),
         (np.array([Decimal("0.5"), None], object), [0.5, None]),
@@ -207,6 +232,13 @@ def test_what_the_standard_library_and_pandas_have(result: Any, expected: Any) -
         ),
         (np.timedelta64(3, "M"), "numpy.timedelta64"),
         ({(1, 2): 3}, "tuple"),
+        ({1: "a", "1": "b"}, "the same in JSON: 1, '1'"),
+        ([Held({True: 1, "true": 2})], "the same in JSON: True, 'true'"),
+        (
+            pd.DataFrame({"n": [1]}, index=pd.Index(["Ulm"], name="city")),
+            r"index 'city' \(\w+\) would be lost.*reset_index",
+        ),
+        (pd.DataFrame({"n": [1]}).describe(), r"index None \(\w+\) would be lost"),
         (1j, "complex"),
     ],
 )

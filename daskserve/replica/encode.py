@@ -6,6 +6,7 @@ import dataclasses
 import datetime as dt
 import ipaddress
 import json
+import math
 import re
 import uuid
 from collections import deque
@@ -32,7 +33,9 @@ _TEXTS = (
     *(ipaddress.IPv6Address, ipaddress.IPv6Interface, ipaddress.IPv6Network),
 )
 
-_OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+#: What orjson makes of numpy's NaT in some units, which may also be such a date; in
+#: others it refuses it.
+_NATS = (b'"1677-09-21T00:12:43.145224"', b'"1970-01-01T00:00:00"')
 
 
 class NotEncodableError(TypeError):
@@ -66,8 +69,6 @@ def encode(result: Any) -> tuple[bytes, bytes] | Response:
         return TEXT, b""
     if isinstance(result, Iterator | AsyncIterator):
         return StreamingResponse(result, media_type="text/plain")
-    if _numpy_time(result) == "M":  # orjson writes NaT as a date
-        result = result.astype("M8[us]").tolist()
     return JSON, to_json(result)
 
 
@@ -80,50 +81,75 @@ def to_json(value: Any) -> bytes:
         Something in it has no JSON form; the text names its type.
     """
     try:
-        return orjson.dumps(value, default=_plain, option=_OPTIONS)
-    except TypeError as err:  # orjson.JSONEncodeError is one
-        cause = err.__cause__ or err
-        if any(word in str(cause) for word in ("64-bit", "endianness", "Dict key")):
-            return _to_json_slowly(_with_plain_keys(value))
+        return _to_json(value)
+    except (TypeError, ValueError) as err:  # orjson.JSONEncodeError is one
         raise NotEncodableError(
-            f"a result of type {_name(value)} cannot be expressed in JSON: {cause}"
+            f"a result of type {_name(value)} cannot be expressed in JSON: "
+            f"{err.__cause__ or err}"
         ) from err
+
+
+def _to_json(value: Any, options: int = orjson.OPT_SERIALIZE_NUMPY) -> bytes:
+    try:
+        found = orjson.dumps(value, default=_plain, option=options)
+    except TypeError as err:
+        cause = str(err.__cause__ or err)
+        if "Dict key" in cause and not options & orjson.OPT_NON_STR_KEYS:
+            # The option alone would write two keys that are the same as text.
+            options |= orjson.OPT_NON_STR_KEYS
+            return _to_json(_with_plain_keys(value), options)
+        if any(word in cause for word in ("64-bit", "endianness", "datetime64")):
+            return _to_json_slowly(value)
+        raise
+    return _to_json_slowly(value) if any(nat in found for nat in _NATS) else found
 
 
 def _to_json_slowly(value: Any) -> bytes:
-    """Do with the standard library what orjson refuses; it is slow and rare."""
-    try:
-        text = json.dumps(
-            value,
-            default=_plain,
-            allow_nan=False,
-            ensure_ascii=False,
-            separators=(",", ":"),
-        )
-    except (TypeError, ValueError) as err:
-        raise NotEncodableError(
-            f"a result of type {_name(value)} cannot be expressed in JSON: {err}"
-        ) from err
+    """Do with the standard library what orjson cannot; it is slow and rare."""
+    text = json.dumps(
+        _with_plain_keys(value),
+        default=lambda other: _with_plain_keys(_plain(other)),
+        allow_nan=False,
+        ensure_ascii=False,
+        separators=(",", ":"),
+    )
     return text.encode()
 
 
 def _with_plain_keys(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # as orjson does
     if isinstance(value, dict):
-        return {_key(k): _with_plain_keys(v) for k, v in value.items()}
+        plain = {_key(key): _with_plain_keys(item) for key, item in value.items()}
+        if len(plain) < len(value):
+            keys = [repr(key) for key in value]
+            raise TypeError(f"some of its keys are the same in JSON: {', '.join(keys)}")
+        return plain
     if isinstance(value, list | tuple):
         return [_with_plain_keys(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [field.name for field in dataclasses.fields(value)]
+        return {
+            name: _with_plain_keys(getattr(value, name))
+            for name in fields
+            if not name.startswith("_")  # as orjson does
+        }
     return value
 
 
-def _key(key: Any) -> Any:
+def _key(key: Any) -> str:
     """Return a key, of numpy's or a date too, as JSON can have it."""
+    if isinstance(key, Enum):
+        key = key.value
+    if hasattr(key, "item"):
+        key = key.item()
     if hasattr(key, "isoformat"):
-        return key.isoformat()
-    if isinstance(key, _TEXTS):
+        return str(key.isoformat())
+    if isinstance(key, (str, Decimal, *_TEXTS)):
         return str(key)
-    if isinstance(key, Decimal | Enum):
-        return str(key) if isinstance(key, Decimal) else key.value
-    return key.item() if hasattr(key, "item") else key
+    if key is None or isinstance(key, int | float):
+        return json.dumps(key)
+    raise TypeError(f"JSON's keys are text, not {_name(key)}: {key!r}")
 
 
 def _plain(value: Any) -> Any:
@@ -142,7 +168,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dt.timedelta):  # pandas' are such
         return value.total_seconds()
     if hasattr(value, "tolist"):  # numpy, where orjson's own support ends
-        return _numpy_seconds(value) if _numpy_time(value) == "m" else value.tolist()
+        return _numpy_times(value) if _is_numpy_time(value) else value.tolist()
     if hasattr(value, "isoformat"):
         return value.isoformat()
     if isinstance(value, _SEQUENCES):
@@ -164,18 +190,18 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{_name(value)} has no JSON form")
 
 
-def _numpy_time(value: Any) -> str:
-    """Return "M" for numpy's dates and "m" for its durations, else ""."""
-    if type(value).__module__ != "numpy":
-        return ""
-    kind: str = value.dtype.kind if hasattr(value, "dtype") else ""
-    return kind if kind in "Mm" else ""
+def _is_numpy_time(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and value.dtype.kind in "Mm"
 
 
-def _numpy_seconds(value: Any) -> Any:
+def _numpy_times(value: Any) -> Any:
+    """Return dates or seconds, of an array or one; None for NaT."""
     import numpy as np
 
-    return (value / np.timedelta64(1, "s")).tolist()  # NaN, and so null, for NaT
+    if value.dtype.kind == "M":
+        return value.astype("M8[us]").tolist()
+    seconds: Any = np.where(np.isnat(value), None, value / np.timedelta64(1, "s"))
+    return seconds.tolist()
 
 
 def _refuse_doubles(value: Any) -> None:
@@ -187,10 +213,17 @@ def _refuse_doubles(value: Any) -> None:
             f"its labels {', '.join(doubles[:5])} stand there more than once, and an "
             f"object in JSON has each once: rename them, or reset_index()"
         )
-    if hasattr(value, "columns") and value.index.nlevels > 1:
-        raise TypeError(
-            "its index has several levels, and rows in JSON have none: reset_index()"
-        )
+    if hasattr(value, "columns"):
+        if value.index.nlevels > 1:
+            raise TypeError(
+                "its index has several levels, and rows in JSON have none: "
+                "reset_index()"
+            )
+        if value.index.name is not None or value.index.dtype.kind not in "iu":
+            raise TypeError(
+                f"its index {value.index.name!r} ({value.index.dtype}) would be "
+                f"lost, as rows in JSON have none: reset_index() makes a column of it"
+            )
 
 
 def _name(value: object) -> str:
