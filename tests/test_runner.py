@@ -873,6 +873,43 @@ def test_a_failed_start_is_cleaned_up(replica: Make, fails: str, how: str) -> No
     )
 
 
+@pytest.mark.parametrize("slow", ["lifespan", "check_health"])
+def test_a_stop_during_the_start_waits_for_it(replica: Make, slow: str) -> None:
+    ENDED.clear()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Any) -> Any:
+        await hold("lifespan")
+        note("up")
+        yield
+        note("down")
+
+    async def hold(what: str) -> None:
+        if what == slow:
+            note("begun")
+            await asyncio.sleep(4)  # longer than hooks may take at the end
+
+    class Model:
+        async def check_health(self) -> None:
+            await hold("check_health")
+            note("checked")
+
+        def __del__(self) -> None:
+            note("gone")
+
+    app = FastAPI(lifespan=lifespan)
+    made = replica(serve.ingress(app)(Model), wait=False)
+    poll(lambda: "begun" in ENDED)
+    made.runner.stop(20, 0)
+    made.wait_for("stopped")
+    assert [r["event"] for r in made.reports] == ["initializing", "stopped"]
+    first = {
+        "lifespan": ["begun", "up", "checked"],
+        "check_health": ["up", "begun", "checked"],
+    }[slow]
+    assert ENDED == [*first, "down", "gone"]
+
+
 def test_an_app_that_says_nothing(replica: Make) -> None:
     class Holder:
         pass

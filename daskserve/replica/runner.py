@@ -170,6 +170,7 @@ class Runner:
         self._accepting = False
         self._stopping = False
         self._idle = asyncio.Event()
+        self._initialized = asyncio.Event()
         self._reconfiguring = asyncio.Lock()
         self._busy_changed = busy_changed
         self._servable = Servable(
@@ -223,7 +224,10 @@ class Runner:
     def start(self) -> None:
         """Start the threads and, on them, the constructor; returns at once."""
         self._thread.start()
-        self._submit(self._initialize())
+        initialized = self._submit(self._initialize())
+        initialized.add_done_callback(
+            lambda _: self._thread.call_soon(self._initialized.set)
+        )
 
     def put(self, reply_to: ReplyTo, batch: list[Message]) -> None:
         """Take messages from a channel; any thread."""
@@ -313,9 +317,15 @@ class Runner:
             # What it has, such as a device, may be needed for the next try.
             self._enter_outside()
             await self._shut_down()
+            await self.clients.close()
             if cause is not None and len(cause) > LARGEST_CAUSE:
                 cause = None
             self._report({"event": "failed", "text": text, "cause": cause})
+        else:
+            await self._open()
+
+    async def _open(self) -> None:
+        if self._stopping:
             return
         direct = await self._listen()
         self._intake.started()
@@ -378,7 +388,7 @@ class Runner:
             websocket.go_away()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
-                await self._servable.constructed.wait()
+                await self._initialized.wait()
                 await self._idle.wait()
         left: dict[Key, Running] = {**self._http, **self._websockets, **self._calls}
         for key, exchange in left.items():
