@@ -210,6 +210,9 @@ def _blocked_signals() -> Iterator[None]:
     A terminal sends SIGINT to workers too. They would end before the deployments, each
     with a traceback, and be started again.
     """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
     from multiprocessing import resource_tracker
 
     # Where it is started, the signals are unblocked afterwards.

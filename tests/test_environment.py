@@ -18,7 +18,7 @@ from daskserve import environment
 from daskserve.controller.records import PYTHON
 from daskserve.exceptions import EnvironmentMismatchError
 from daskserve.worker import ServeWorkerPlugin
-from tests.utils import ROOT, ProcessCluster, poll
+from tests.utils import ROOT, ProcessCluster, poll, run_script, write_certificate
 
 #: A process that reads this at its start cannot import daskserve ...
 MISSING = """
@@ -246,3 +246,118 @@ def test_a_client_of_another_python(other_version: str, tmp_path: Path) -> None:
                 assert f"the scheduler has {PYTHON}" in text
             assert serve.list_deployments() == {}
             assert cluster.workers[0].poll() is None
+
+
+#: In a process that reads this, daskserve misses what only Linux has, or only Unix.
+ONLY_LINUX = """
+import builtins, os, select, signal, socket, types
+
+HIDDEN = {
+    os: "O_CLOEXEC O_NOFOLLOW O_NONBLOCK fork register_at_fork",
+    select: "epoll",
+    signal: "pthread_sigmask",
+    socket: "AF_UNIX SO_REUSEPORT TCP_INFO TCP_KEEPCNT TCP_KEEPIDLE TCP_KEEPINTVL",
+}
+
+class Without(types.ModuleType):
+    def __init__(self, module, names):
+        super().__init__(module.__name__)
+        self._module, self._names = module, names.split()
+
+    def __getattr__(self, name):
+        if name in self._names:
+            raise AttributeError(f"no {name} here")
+        return getattr(self._module, name)
+
+    def stat(self, path, *args, **kwargs):
+        if str(path).startswith("/proc"):
+            raise FileNotFoundError(path)
+        return self._module.stat(path, *args, **kwargs)
+
+without = {module.__name__: Without(module, names) for module, names in HIDDEN.items()}
+there = builtins.__import__
+
+def found(name, names=None, *args, **kwargs):
+    if str((names or {}).get("__name__")).startswith("daskserve"):
+        if name in ("fcntl", "resource", "uvloop"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        if name in without:
+            return without[name]
+    return there(name, names, *args, **kwargs)
+
+builtins.__import__ = found
+"""
+
+ON_A_LAPTOP = """
+import httpx
+import websockets.sync.client
+from distributed import Client, LocalCluster
+from fastapi import FastAPI, WebSocket
+
+import daskserve as serve
+
+app = FastAPI()
+
+@serve.deployment(num_replicas=2)
+@serve.ingress(app)
+class Model:
+    @app.get("/double")
+    def double(self, x: int) -> int:
+        return 2 * x
+
+    @app.websocket("/echo")
+    async def echo(self, ws: WebSocket) -> None:
+        await ws.accept()
+        await ws.send_text(await ws.receive_text())
+
+    def times(self, x: int) -> int:
+        return 3 * x
+
+def main(processes, location, **options):
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=processes,
+        dashboard_address="127.0.0.1:0",
+    ) as cluster, Client(cluster):
+        with serve.start(
+            http_options={"port": 0, "location": location, **options}
+        ) as instance:
+            for version in "12":
+                Model.options(version=version).deploy()
+                url = serve.get_deployment("Model").url
+                verify = not options
+                with httpx.Client(verify=verify) as http:
+                    assert http.get(f"{url}/double", params={"x": 4}).json() == 8
+                handle = Model.get_handle()
+                assert handle.times.remote(5).result(10) == 15
+            if verify:
+                ws_url = url.replace("http", "ws", 1) + "/echo"
+                with websockets.sync.client.connect(ws_url) as ws:
+                    ws.send("hello")
+                    assert ws.recv(5) == "hello"
+            Model.delete()
+
+if __name__ == "__main__":
+    main(True, "EveryNode")
+    main(False, "HeadOnly")
+    main(True, "HeadOnly", ssl_certfile=CERTIFICATE, ssl_keyfile=CERTIFICATE)
+    try:
+        main(False, "HeadOnly", uds="somewhere")
+    except serve.ServeError as err:
+        assert "no Unix sockets" in str(err), err
+    else:
+        raise AssertionError("no Unix sockets")
+    print("all answered")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(120)
+def test_what_only_linux_has_is_missing(tmp_path: Path) -> None:
+    done = run_script(
+        ON_A_LAPTOP.replace("CERTIFICATE", repr(str(write_certificate(tmp_path)))),
+        env=start_with(tmp_path, ONLY_LINUX),
+        timeout=110,
+    )
+    assert done.stdout.endswith("all answered\n")
+    assert "Traceback" not in done.stdout

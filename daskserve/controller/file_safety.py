@@ -110,12 +110,15 @@ class FileLock:
         OSError
             The file cannot be made, or belongs to another user.
         """
-        if self._file is not None or sys.platform == "win32":
+        if self._file is not None:
             return
         with _locked_lock:
             if self._path in _locked:
                 raise _in_use("this process")
-            self._file = self._lock()
+            try:
+                self._file = self._lock()
+            except ImportError:  # Windows
+                return
             _locked.add(self._path)
 
     def release(self) -> None:

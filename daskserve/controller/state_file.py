@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 from datetime import datetime
 from pathlib import Path
@@ -104,6 +105,8 @@ class LocalFile:
         except OSError:
             temporary.unlink()
             raise
+        if sys.platform == "win32":
+            return
         directory = os.open(self._path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)  # the name, that is

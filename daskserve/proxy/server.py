@@ -33,6 +33,7 @@ from daskserve.transport.silence import keep_alive
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
+_CAN_SHARE = hasattr(socket, "SO_REUSEPORT")
 #: How often a WebSocket's client is asked whether it is there, and how long it may
 #: take to answer.
 PING_INTERVAL_S = 20.0
@@ -142,7 +143,7 @@ class HTTPServer:
 
         What new connections were told of a listener that has left is forgotten.
         """
-        if self._sock is not None and self._options.uds is None:
+        if self._sock is not None and self._options.uds is None and _CAN_SHARE:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
             reset(self._sock)
 
@@ -263,6 +264,8 @@ class HTTPServer:
 
     def _bind(self, port: int, share_port: bool, probe: bool) -> socket.socket:
         if self._options.uds is not None:
+            if not hasattr(socket, "AF_UNIX"):
+                raise ValueError("this system has no Unix sockets; leave out uds")
             replace = share_port and not probe
             sock = _bind_unix(self._options.uds, replace)
             self._unix_inode = os.stat(self._options.uds).st_ino
@@ -282,8 +285,9 @@ class HTTPServer:
         target = self._options.uds or f"{self._options.host}:{port}"
         text = f"cannot start an HTTP server on {self._where} at {target}: "
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            shared = "" if _CAN_SHARE else ", and servers cannot share one here"
             return (
-                f"{text}the address is in use already. Give another port in "
+                f"{text}the address is in use already{shared}. Give another port in "
                 f"http_options, or port 0 for any free one."
             )
         return f"{text}{error}"
@@ -351,7 +355,7 @@ def _bind_tcp(host: str, port: int, *, share_port: bool) -> socket.socket:
         # Connections take it from here. A client whose machine has lost its power or
         # its network says no goodbye.
         keep_alive(sock, 60, 15, 4)
-        if share_port:
+        if share_port and _CAN_SHARE:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(address)
     except BaseException:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 
 logger = logging.getLogger(__name__)
 
@@ -18,10 +17,10 @@ LOOK_S = 5.0
 
 def max_files() -> int:
     """Return how many files this process may have open."""
-    if sys.platform == "win32":
+    try:
+        import resource
+    except ImportError:  # Windows
         return 2**15
-    import resource
-
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 2**20 if soft == resource.RLIM_INFINITY else soft
 
@@ -33,7 +32,7 @@ def share_of_files(share: float) -> int:
 
 def raise_max_files() -> int:
     """Raise the limit as far as Dask's scheduler raises its own; return the limit."""
-    if sys.platform != "win32":
+    with contextlib.suppress(ImportError):
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

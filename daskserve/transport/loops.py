@@ -15,14 +15,13 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
 from contextvars import Context
-from types import ModuleType
 from typing import Any, Generic, TypeVar
 
-loops: ModuleType
+make_loop: Callable[[], asyncio.AbstractEventLoop]
 try:
-    import uvloop as loops
+    from uvloop import new_event_loop as make_loop
 except ImportError:  # uvloop has no Windows build
-    loops = asyncio
+    make_loop = asyncio.SelectorEventLoop  # Windows' own cannot wait for a listener
 
 #: How long a thread may take to end with the interpreter.
 AT_EXIT_S = 1.0
@@ -101,7 +100,7 @@ class LoopThread:
     """
 
     def __init__(self, name: str, *, user_code: bool = False) -> None:
-        self.loop: asyncio.AbstractEventLoop = loops.new_event_loop()
+        self.loop: asyncio.AbstractEventLoop = make_loop()
         self._user_code = user_code
         if user_code:
             self.loop.set_task_factory(_make_guarded_task)

@@ -28,7 +28,7 @@ LOOKS = 8
 # Of Linux's `struct tcp_info`: probes that are not answered, segments that are not
 # acknowledged, milliseconds since data and since an acknowledgement came.
 _TCP_INFO = struct.Struct("=3xB20xI24xII")
-_HAS_INFO = sys.platform == "linux"
+_HAS_INFO = sys.platform == "linux" and hasattr(socket, "TCP_INFO")
 
 
 @dataclass(slots=True)
