@@ -217,6 +217,13 @@ def _bare_host(value: str) -> str:
 
 #: What a server answers itself; all else, also below ``/-/``, belongs to deployments.
 OWN_PATHS = frozenset({"/-/routes", "/-/healthz"})
+#: Below it, whether a deployment can take requests, by its name.
+READY_PATH = "/-/ready/"
+
+
+def is_own_path(path: str) -> bool:
+    """Whether a server answers a path itself."""
+    return path[:3] == "/-/" and (path in OWN_PATHS or path.startswith(READY_PATH))
 
 
 def _path_prefix(value: object) -> str:
@@ -821,7 +828,7 @@ class DeploymentOptions(_Options):
     def _check_route_prefix(cls, value: object) -> str | Default | None:
         if value is None or isinstance(value, Default):
             return value
-        if value in OWN_PATHS:
+        if isinstance(value, str) and (is_own_path(value) or is_own_path(f"{value}/")):
             raise ValueError(f"{value!r} is answered by the server itself")
         return _path_prefix(value)
 

@@ -399,6 +399,7 @@ def test_begins_with_none_if_asked_to() -> None:
     assert sim.status()["state"] == "HEALTHY"
     sim.look()
     assert sim.status()["reason"] == "no replica until a request comes"
+    assert sim.entry()["asleep"]
     sim.look(queued=1)
     assert sim.status()["target_replicas"] == 1
 

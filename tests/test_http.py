@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -379,6 +380,48 @@ def test_own_paths(site: Site) -> None:
         assert client.head("/-/healthz").status_code == 200
         assert client.post("/-/routes").status_code == 405
         assert client.get("/-/nothing").status_code == 404
+
+
+@pytest.mark.parametrize("token", [None, "open-sesame"])
+def test_ready(start: Callable[..., Site], token: str | None) -> None:
+    site = start(token=token)
+
+    class Slow:
+        def __init__(self, path: str) -> None:
+            while not Path(path).exists():
+                time.sleep(0.02)
+            raise OSError("no weights")
+
+    with httpx.Client(base_url=site.url) as client:
+        deployment = site.deploy(lambda: "f", name="Quick")
+        assert client.get("/-/ready/Quick").text == "success"
+        assert client.head("/-/ready/Quick").status_code == 200
+        assert client.post("/-/ready/Quick").status_code == 405
+        for name in ("quick", "", "Quick/x", "%00"):
+            assert client.get(f"/-/ready/{name}").status_code == 404
+
+        go = Path(site.cluster.directory) / "go"
+        slow = serve.deployment(
+            Slow, name="Slow", autoscaling_config={"min_replicas": 1}
+        )
+        with ThreadPoolExecutor() as pool:
+            deploying = pool.submit(slow.deploy, str(go))
+            poll(lambda: client.get("/-/ready/Slow").status_code == 503)
+            response = client.get("/-/ready/Slow")
+            assert response.headers["retry-after"] == "1"
+            assert ("constructor" in response.text) == (token is None)
+            go.touch()
+            assert isinstance(deploying.exception(20), DeploymentFailedError)
+        response = client.get("/-/ready/Slow")
+        assert response.status_code == 503
+        assert ("no weights" in response.text) == (token is None)
+        go.unlink()
+        slow.delete()
+        deployment.delete()
+        poll(lambda: client.get("/-/ready/Quick").status_code == 404)
+    for prefix in ("/-/ready", "/-/ready/", "/-/ready/Quick"):
+        with pytest.raises(ValueError, match="answered by the server itself"):
+            serve.deployment(Slow, route_prefix=prefix)
 
 
 def answering_below_own_paths() -> FastAPI:

@@ -54,6 +54,8 @@ def _routing_entry(d: ManagedDeployment) -> dict[str, Any]:
         entry["session_affinity"] = dict(spec.session_affinity)
     if spec.autoscaling is not None:
         entry["load_interval_s"] = spec.autoscaling["metrics_interval_s"]
+        if spec.num_replicas == 0:
+            entry["asleep"] = True
     return entry
 
 

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from daskserve.config import OWN_PATHS, HTTPOptions
+from daskserve.config import READY_PATH, HTTPOptions, is_own_path
 from daskserve.exceptions import ReplicaDiedError, RequestError
 from daskserve.proxy.client_watch import ClientGoneError, ClientWatch
 from daskserve.proxy.forwarded import FORWARDED_PREFIX
@@ -133,7 +133,7 @@ class Forwarder:
         root_path = scope.get(FORWARDED_PREFIX, self._options.root_path)
         path, match = self._locate(scope["path"], root_path)
         websocket = scope["type"] == "websocket"
-        if path in OWN_PATHS and not websocket:
+        if is_own_path(path) and not websocket:
             return await self._serve_own(path, scope, send)
         if scope.get(FULL_KEY):
             text = "This server has as many connections as it may (max_connections)."
@@ -157,7 +157,7 @@ class Forwarder:
             path, match = self._locate(path, root_path)
         else:
             match = self._table.match(path)
-        if match is None or path in OWN_PATHS:
+        if match is None or is_own_path(path):
             return None
         return self._new(scope, info, root_path, path, match)
 
@@ -244,11 +244,30 @@ class Forwarder:
         if path == "/-/routes":
             body = orjson.dumps(self._table.routes)
             return await respond(send, 200, body, content_type=b"application/json")
+        if path.startswith(READY_PATH):
+            status, text = self._readiness(path.removeprefix(READY_PATH))
+            extra = [RETRY_AFTER] if status == 503 else []
+            return await respond(send, status, text, *extra)
         if self.draining:
             return await respond(send, 503, "This proxy is draining.")
         if self._dispatcher.version < 0:
             return await respond(send, 503, "The route table is not here yet.")
         await respond(send, 200, "success")
+
+    def _readiness(self, name: str) -> tuple[int, str]:
+        """Return the status and the text that tell whether a deployment is ready."""
+        if self._dispatcher.version < 0:
+            return 503, "The route table is not here yet."
+        group = self._dispatcher.groups.get(name)
+        if group is None:
+            return 404, f"There is no deployment {name!r}."
+        if self.draining:
+            return 503, "This proxy is draining."
+        if group.router.slots or group.asleep:
+            return 200, "success"
+        # Who has no token need not know what the constructor says.
+        reason = group.reason if self._options.token is None else ""
+        return 503, f"Deployment {name!r} is not ready{reason and ': '}{reason}"
 
     async def _forward(
         self, forwarding: Forwarding, info: RequestInfo, receive: Receive, send: Send

@@ -8,7 +8,7 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from daskserve.config import HTTPOptions
+from daskserve.config import READY_PATH, HTTPOptions
 from daskserve.exceptions import RequestError
 from daskserve.proxy.client_watch import ClientGoneError
 from daskserve.proxy.forwarded import FORWARDED_PREFIX
@@ -133,7 +133,9 @@ class Front:
         """Whether a request has the token, if there is one."""
         if self._token is None:
             return True
-        if scope["path"] == "/-/healthz" and scope["type"] == "http":
+        path = scope["path"]
+        is_probe = path == "/-/healthz" or path.startswith(READY_PATH)
+        if is_probe and scope["type"] == "http":
             # Open, as what the proxy answers itself; a forwarded prefix could make
             # another path of it.
             return FORWARDED_PREFIX not in scope

@@ -29,7 +29,7 @@ class Group:
         Its name.
     """
 
-    __slots__ = ("_queue", "_returned", "affinity", "bound", "by_model",
+    __slots__ = ("_queue", "_returned", "affinity", "asleep", "bound", "by_model",
                  "connecting_until", "hopeless", "info", "max_queued", "max_websockets",
                  "models_until", "name", "reason", "router", "sessions", "timeout_s",
                  "timer", "timer_at", "waiting", "wanted")  # fmt: skip
@@ -44,6 +44,8 @@ class Group:
         #: Its part of the newest snapshot.
         self.info: Mapping[str, Any] | None = None
         self.hopeless = False
+        #: It is scaled to zero, and wakes when there is a request.
+        self.asleep = False
         #: Why it has no replica, if it has none.
         self.reason = ""
         self.max_queued: int | None = None
@@ -74,6 +76,7 @@ class Group:
         """Take this deployment's part of a snapshot; return new and former slots."""
         self.info = info
         self.hopeless, self.reason = info["hopeless"], info.get("reason", "")
+        self.asleep = info.get("asleep", False)
         self.max_queued, self.timeout_s = info["max_queued"], info["timeout_s"]
         self.max_websockets = info["max_websockets"]
         self.affinity = Affinity.of(info.get("session_affinity"))
