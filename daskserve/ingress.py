@@ -34,11 +34,6 @@ _WAY_OUT = (
     ' string "module:factory" of one: the app is then made in each replica and need not'
     " travel."
 )
-_DJANGO = (
-    "A Django app needs its process's settings, which do not travel with it. Pass "
-    "@serve.ingress a function without arguments that sets DJANGO_SETTINGS_MODULE and "
-    'returns get_asgi_application(), or the import string "module:factory" of one.'
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -231,8 +226,6 @@ def dump_target(target: Any, what: str) -> bytes:
 
 def _told(do: Callable[..., T], app: object, cls: type) -> T:
     """Freeze an app, or check that it can be; errors say what else users can do."""
-    if type(app).__module__.partition(".")[0] == "django":
-        raise PicklingError(_DJANGO)
     what = f"The {type(app).__name__} app given to @serve.ingress for {cls.__name__}"
     try:
         return do(app, cls, what=what)

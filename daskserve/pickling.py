@@ -27,6 +27,11 @@ from daskserve.reducers import reduce_by_value
 _PROTOCOL = 5
 #: What cloudpickle writes in place of a file's name.
 _DYNAMIC_CODE = "<dynamic-code>"
+#: It loads in a replica all right, and fails there with each request.
+_DJANGO = (
+    "a Django app needs its process's settings, which do not travel with it: a "
+    "function can set DJANGO_SETTINGS_MODULE and return get_asgi_application()"
+)
 _SCALARS = frozenset({type(None), bool, int, float, complex, str})
 _KEYS = _SCALARS | {bytes}
 #: From this size on `bytes` are not plain: there is a better way for them.
@@ -70,6 +75,9 @@ class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc, unused-ignore]
             # So do these, before pydantic 2.14: they stand for what an annotation
             # that cannot be evaluated yet will give.
             return copyreg.__newobj__, blank, _slots(obj), None, None, _set  # type: ignore[attr-defined]
+        django = sys.modules.get("django.core.handlers.base")
+        if django is not None and issubclass(kind, django.BaseHandler):
+            raise pickle.PicklingError(_DJANGO)
         if (reduce := getattr(kind, "__daskserve_reduce__", None)) is not None:
             return reduce(obj)
         if (reduced := reduce_by_value(obj)) is not NotImplemented:

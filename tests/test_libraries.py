@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 import daskserve as serve
+from daskserve.exceptions import PicklingError
 from tests.libraries import LIBRARIES, load, talk
 from tests.test_http import Site, open_site
 from tests.utils import ROOT, Process, poll
@@ -120,3 +123,11 @@ def test_a_library(
                 assert found == expected
     finally:
         site.clean()
+
+
+def test_a_django_app_itself_does_not_travel() -> None:
+    need_library("django")
+    app = load("django_app").make_app()
+    for given in (app, Starlette(routes=[Mount("/", app)])):
+        with pytest.raises(PicklingError, match="DJANGO_SETTINGS_MODULE.*a function"):
+            serve.ingress(given)(type("App", (), {}))
