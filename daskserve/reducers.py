@@ -81,8 +81,10 @@ def _name_of_singleton(obj: object, kind: type) -> tuple[str, str] | None:
     never is.
     """
     if kind is object:
-        for module in [name for name in list(sys.modules) if name != "__main__"]:
-            held = list(getattr(sys.modules[module], "__dict__", {}).items())
+        # It has two names, once multiprocessing is imported.
+        main = sys.modules["__main__"]
+        for module, there in list(sys.modules.items()):
+            held = [] if there is main else list(getattr(there, "__dict__", {}).items())
             found = next((name for name, value in held if value is obj), None)
             if found is not None:
                 return module, found

@@ -7,6 +7,7 @@ import pickle
 import sqlite3
 import subprocess
 import sys
+import textwrap
 import threading
 import traceback
 from pathlib import Path
@@ -20,6 +21,7 @@ from starlette.datastructures import State
 
 from daskserve.exceptions import PicklingError
 from daskserve.pickling import Pickler, check_code, dumps, is_plain, loads, names_in
+from tests.utils import run_script
 
 #: Cannot be pickled, and has a type that error texts can be searched for.
 connection = sqlite3.connect(":memory:", check_same_thread=False)
@@ -344,6 +346,16 @@ def test_importable_things_go_by_name():
     own = object()
     pair = round_trip((own, own))
     assert pair[0] is pair[1] and pair[0] is not own
+
+
+def test_an_object_of_main_does_not_go_by_name():
+    script = """
+    import multiprocessing  # by it, __main__ gets a second name
+    from daskserve.pickling import dumps, names_in
+    marker = object()
+    print(list(names_in(dumps([marker], what="it"))))
+    """
+    assert run_script(textwrap.dedent(script)).stdout == "[('builtins', 'object')]\n"
 
 
 @functools.cache
