@@ -78,9 +78,9 @@ def _name_of_singleton(obj: object, kind: type) -> tuple[str, str] | None:
     """Return the module and the name of an object that has nothing but its identity.
 
     Such as `dataclasses.MISSING`: code asks whether something ``is`` it, and a copy
-    never is.
+    never is. Or Quart's and Flask's ``session``, whose copy recurses when it is loaded.
     """
-    if kind is object:
+    if kind is object or kind is _local_proxy():
         # It has two names, once multiprocessing is imported.
         main = sys.modules["__main__"]
         for module, there in list(sys.modules.items()):
@@ -100,6 +100,10 @@ def _name_of_singleton(obj: object, kind: type) -> tuple[str, str] | None:
             if value is obj and _has_no_state(obj, kind):
                 return kind.__module__, name
     return None
+
+
+def _local_proxy() -> type | None:
+    return getattr(sys.modules.get("werkzeug.local"), "LocalProxy", None)
 
 
 def _held_by_its_module(kind: type) -> list[tuple[str, object]]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import contextvars
 import functools
 import gc
 import pickle
@@ -11,6 +12,7 @@ import textwrap
 import threading
 import traceback
 from pathlib import Path
+from types import ModuleType
 from typing import NewType
 from weakref import WeakSet, ref
 
@@ -356,6 +358,15 @@ def test_an_object_of_main_does_not_go_by_name():
     print(list(names_in(dumps([marker], what="it"))))
     """
     assert run_script(textwrap.dedent(script)).stdout == "[('builtins', 'object')]\n"
+
+
+def test_proxies_of_werkzeug_go_by_name(monkeypatch):
+    local = pytest.importorskip("werkzeug.local")
+    # As quart.globals and flask.globals have them.
+    module = ModuleType("globals_of_a_library")
+    module.session = local.LocalProxy(contextvars.ContextVar("v"), "session")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert round_trip([module.session])[0] is module.session
 
 
 @functools.cache
