@@ -6,7 +6,6 @@ import functools
 import importlib
 import inspect
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
@@ -23,8 +22,8 @@ from daskserve.pickling import dumps
 T = TypeVar("T")
 
 _ATTRIBUTE = "__daskserve_ingress__"
-#: How many replicas of this process have had the app of an import string.
-_shared: Counter[str] = Counter()
+#: Whose apps have been started in this process.
+_started: set[str] = set()
 _ACCEPTED = (
     "a FastAPI or Starlette app, a FastAPI APIRouter, an ASGI 3 callable, a function "
     'without arguments that returns one of these, or an import string "module:attr"'
@@ -104,8 +103,6 @@ class Ingress:
             app = _import(app)
         if _is_factory(app):
             app = app()
-        elif isinstance(self.source, str):
-            _shared[self.source] += 1
         asgi = _as_asgi(app)
         if asgi is None:
             if inspect.iscoroutine(app):
@@ -113,16 +110,37 @@ class Ingress:
             raise TypeError(f"{self.source!r} gave {app!r}; it must give {_ACCEPTED}.")
         return bind(asgi, instance)
 
+    def started(self) -> None:
+        """Note that an app was made and has started in this process."""
+        _started.add(self._name)
+
     @property
     def hint(self) -> str:
         """What may be wrong with an app that does not start; "" if nothing is known."""
-        if not isinstance(self.source, str) or _shared[self.source] < 2:
+        if isinstance(self.source, FrozenApp) or self._name not in _started:
             return ""
+        source = self.source
+        if not _is_factory(_import(source) if isinstance(source, str) else source):
+            return (
+                f"{self._name} is one object for all replicas and versions in a "
+                "process and was started here before; if it can start only once, name "
+                'a function that makes it: @serve.ingress("module:factory")'
+            )
         return (
-            f"{self.source!r} is one object for all replicas and versions in a process "
-            f"and was started here before; if it can start only once, name a function "
-            f'that makes it: @serve.ingress("module:factory")'
+            f"{self._name} has made an app in this process before, for another replica "
+            "or version; what a process has one of, such as Django's settings, must be "
+            "left alone then, and of a library with one app for each process, such as "
+            "NiceGUI, each replica and version needs a worker of its own"
         )
+
+    @property
+    def _name(self) -> str:
+        source = self.source
+        if isinstance(source, str):
+            return repr(source)
+        if _is_factory(source):
+            return f"{getattr(source, '__qualname__', type(source).__qualname__)}()"
+        return f"the app of {self.cls and self.cls.__name__}"
 
 
 def ingress(app: object) -> Callable[[type[T]], type[T]]:

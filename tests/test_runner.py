@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import decimal
 import functools
+import importlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -296,6 +297,16 @@ def make():
     return FastAPI(lifespan=lifespan)
 
 app = make()
+made = []
+
+def make_one():
+    if made:
+        raise ValueError("there is one")
+    made.append(1)
+    return FastAPI()
+
+def never():
+    raise ValueError("there is none")
 """
 
 
@@ -319,6 +330,28 @@ def test_an_app_that_is_named_itself_is_started_again(
     assert "RuntimeError: run() can be called only once" in last
     assert f"'{name}:app' is one object for all replicas" in last
     assert '"module:factory"' in last
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_factory_that_can_be_called_once_in_a_process(
+    replica: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_name: bool
+) -> None:
+    name = f"made_once_{by_name}"
+    (tmp_path / f"{name}.py").write_text(ONLY_ONCE)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module(name)
+
+    def last_line(attribute: str) -> str:
+        given = f"{name}:{attribute}" if by_name else getattr(module, attribute)
+        report = replica(serve.ingress(given)(type("App", (), {}))).reports[-1]
+        return "" if report["event"] == "started" else report["text"].splitlines()[-1]
+
+    assert last_line("make_one") == ""
+    last = last_line("make_one")
+    assert "ValueError: there is one (" in last
+    assert "make_one" in last and "has made an app in this process before" in last
+    for _ in range(2):  # none was made before
+        assert last_line("never").endswith("ValueError: there is none")
 
 
 class OneThread:

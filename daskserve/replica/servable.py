@@ -181,17 +181,20 @@ class Servable:
         """Apply the first ``user_config``; build the app and run its startup hooks."""
         if self._spec.user_config is not None:
             await self.reconfigure(self._spec.user_config)
-        if self._build_app is not None:
-            self.app = self._build_app(self.object)
-            self._lifespan = Lifespan(self.app)
+        ingress = find_ingress(type(self.object))
+        if self._build_app is not None and ingress is not None:
             try:
+                self.app = self._build_app(self.object)
+                self._lifespan = Lifespan(self.app)
                 await self._lifespan.startup()
-            except LifespanError as err:
-                ingress = find_ingress(type(self.object))
-                if ingress is None or not ingress.hint:
+            except Exception as err:
+                if not ingress.hint:
                     raise
-                reason = str(err).strip().splitlines()[-1]
+                known = isinstance(err, LifespanError)  # its text ends with the app's
+                text = str(err) if known else f"{type(err).__name__}: {err}"
+                reason = text.strip().splitlines()[-1]
                 raise LifespanError(f"{reason} ({ingress.hint})") from err
+            ingress.started()
 
     async def reconfigure(self, user_config: bytes | None) -> None:
         """Call the user's ``reconfigure``; None, for no config, is not passed on."""
