@@ -21,7 +21,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 import daskserve as serve
-from daskserve.exceptions import PicklingError
+from daskserve.exceptions import DeploymentFailedError, PicklingError
 from tests.libraries import LIBRARIES, load, talk
 from tests.test_http import Site, open_site
 from tests.utils import ROOT, Process, poll
@@ -30,6 +30,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 #: Clients that talk at the same time, so that both replicas are asked.
 CLIENTS = 4
+#: It has one app for each process.
+NICEGUI = "nicegui_app"
 
 
 def need_library(name: str) -> None:
@@ -43,7 +45,8 @@ class Reference:
     """Plain uvicorn in a process of its own, for each app whose library is there."""
 
     def __init__(self, log: Path) -> None:
-        names = [n for n, needs in LIBRARIES.items() if importlib.util.find_spec(needs)]
+        needed = {**LIBRARIES, NICEGUI: "nicegui"}
+        names = [n for n in needed if importlib.util.find_spec(needed[n])]
         command = [sys.executable, "-m", "tests.libraries", *names]
         self.process = Process("uvicorn", command, log, {}, ROOT)
 
@@ -131,3 +134,25 @@ def test_a_django_app_itself_does_not_travel() -> None:
     for given in (app, Starlette(routes=[Mount("/", app)])):
         with pytest.raises(PicklingError, match="DJANGO_SETTINGS_MODULE.*a function"):
             serve.ingress(given)(type("App", (), {}))
+
+
+def test_nicegui_starts_once_in_a_worker(site: Site, reference: Reference) -> None:
+    need_library("nicegui")
+    expected = talk(NICEGUI, reference.url(NICEGUI) + "/prefix")
+    make_app = source(NICEGUI, "factory")
+    deployment = site.make(
+        serve.ingress(make_app)(type("App", (), {})),
+        route_prefix="/prefix",
+        session_affinity=load(NICEGUI).AFFINITY,
+    )
+    url = f"{site.url}/prefix"
+    try:
+        deployment.options(version="1", **site.place("far")).deploy()
+        assert talk(NICEGUI, url) == expected
+        with pytest.raises(DeploymentFailedError, match="NiceGUI.*worker of its own"):
+            deployment.options(version="2", **site.place("far")).deploy()
+        assert talk(NICEGUI, url) == expected
+        deployment.options(version="3", **site.place("near")).deploy()
+        assert talk(NICEGUI, url) == expected
+    finally:
+        site.clean()
