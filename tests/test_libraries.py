@@ -26,7 +26,8 @@ from tests.libraries import LIBRARIES, load, talk
 from tests.test_http import Site, open_site
 from tests.utils import ROOT, Process, poll
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+# Libraries are imported in three processes at first.
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(120)]
 
 #: Clients that talk at the same time, so that both replicas are asked.
 CLIENTS = 4
@@ -72,7 +73,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
 
 @pytest.fixture(scope="module")
 def site(reference: Reference) -> Iterator[Site]:
-    with open_site() as made:  # while the other imports all libraries
+    with open_site(3) as made:  # while the other imports all libraries
         yield made
 
 
@@ -87,6 +88,12 @@ def source(name: str, how: str) -> Any:
 def talk_to_all(name: str, url: str) -> list[list[Any]]:
     with ThreadPoolExecutor(CLIENTS) as pool:
         return list(pool.map(lambda _: talk(name, url), range(CLIENTS)))
+
+
+def others(site: Site) -> list[str]:
+    """Return workers equally far from the server: it asks all replicas on them."""
+    workers = site.client.scheduler_info(n_workers=-1)["workers"]
+    return sorted(set(workers) - {site.near})
 
 
 def running(deployment: serve.Deployment, version: str) -> set[str]:
@@ -112,8 +119,7 @@ def test_a_library(
         num_replicas=2,
         route_prefix=prefix,
         session_affinity=getattr(load(name), "AFFINITY", None),
-        # Both in one process, where they meet, or each in its own.
-        where="near" if prefix == "/" else None,
+        workers=[site.near] if prefix == "/" else others(site),
     )
     former: set[str] = set()
     try:
