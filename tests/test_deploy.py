@@ -930,6 +930,32 @@ def test_delete_gives_up_after_the_grace_period(url: str, log: Log) -> None:
     assert log.lines() == ["begin", "begin", "cancelled", "cancelled", "del"]
 
 
+def test_what_an_update_stops_goes_to_the_new_version(url: str, log: Log) -> None:
+    """If it may be sent again; others learn that it was cut off."""
+
+    @serve.deployment(graceful_shutdown_timeout_s=0.3, num_replicas=2)
+    class Slow:
+        def __init__(self, seconds: float) -> None:
+            self.seconds = seconds
+
+        async def __call__(self) -> float:
+            log("begin")
+            await asyncio.sleep(self.seconds)
+            return self.seconds
+
+    Slow.options(version="1").deploy(30)
+    with ThreadPoolExecutor() as pool:
+        asked = [
+            pool.submit(httpx.request, method, f"{url}/Slow", timeout=20)
+            for method in ("GET", "PUT", "POST", "PATCH")
+        ]
+        poll(lambda: log.lines() == ["begin"] * 4)
+        Slow.options(version="2").deploy(0)
+        answers = [future.result(20) for future in asked]
+    assert [answer.status_code for answer in answers] == [200, 200, 502, 502]
+    assert {answer.text for answer in answers[:2]} == {"0"}
+
+
 def test_delete_of_one_that_blocks(url: str, log: Log) -> None:
     @serve.deployment(graceful_shutdown_timeout_s=0.2)
     def blocking() -> None:

@@ -31,6 +31,7 @@ from daskserve.transport.messages import (
     CANCEL,
     CHUNK,
     DECLINE,
+    ERROR,
     FOLLOW,
     LOAD,
     MODELS,
@@ -39,6 +40,7 @@ from daskserve.transport.messages import (
     RESULT,
     ROOM,
     SESSION,
+    STOPPED,
     WANT,
     Message,
 )
@@ -335,6 +337,27 @@ def test_an_idempotent_request_is_tried_once_more() -> None:
         assert [len(r.messages) for r in replicas.values()] == [1, 1]
         for place in places:
             place.stop()
+
+    run(test)
+
+
+def stop(replica: StandIn, reply_to: ReplyTo, message: Message) -> None:
+    if message[0] == CALL:
+        reply_to.send((ERROR, message[1], STOPPED, "", "it stops", "", None))
+
+
+@pytest.mark.parametrize("retry", [True, False])
+def test_what_a_replica_stopped_with_is_tried_once_more(retry: bool) -> None:
+    async def test(dispatcher: Dispatcher) -> None:
+        first, second = StandIn(stop), StandIn(stop)
+        place = await Place({1: first, 2: second}).start()
+        dispatcher.update(1, snapshot((1, place), (2, place)))
+        message = await ask(dispatcher, retry=retry)
+        assert (message[0], message[2]) == (ERROR, STOPPED)
+        assert sorted(r.ops.count(CALL) for r in (first, second)) == [int(retry), 1]
+        second.answer = first.answer = echo
+        assert (await ask(dispatcher))[0] == RESULT
+        place.stop()
 
     run(test)
 

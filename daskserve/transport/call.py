@@ -15,7 +15,7 @@ from daskserve.exceptions import (
 from daskserve.transport.affinity import Session
 from daskserve.transport.channel import Channel, ConnectionLostError, Exchange
 from daskserve.transport.group import Group
-from daskserve.transport.messages import CANCEL, REFUSED, Message
+from daskserve.transport.messages import CANCEL, ERROR, REFUSED, STOPPED, Message
 from daskserve.transport.router import Slot
 
 if TYPE_CHECKING:
@@ -154,7 +154,8 @@ class Call:
             for another replica.
         retry_lost
             Whether to try another replica, once, if the one that had the request is
-            lost: the request is idempotent and can be sent again.
+            lost, or stopped before it was done: the request is idempotent and can be
+            sent again.
 
         Raises
         ------
@@ -169,16 +170,20 @@ class Call:
                 await self._send()
             try:
                 message = await self.next()
+                if message[0] == REFUSED:
+                    self.try_again(message[2])
+                    continue
+                stopped = message[0] == ERROR and message[2] == STOPPED
+                deleted = self.deployment not in self._dispatcher.groups
+                if not stopped or deleted or not retry_lost:
+                    return message
             except ConnectionLostError as lost:
-                self.avoid, self.particular = self.slot, True
-                self._leave()
                 if not retry_lost:
+                    self._leave()
                     raise ReplicaDiedError(str(lost)) from lost
-                retry_lost = False
-                continue
-            if message[0] != REFUSED:
-                return message
-            self.try_again(message[2])
+            self.avoid, self.particular = self.slot, True
+            self._leave()
+            retry_lost = False
 
     async def next(self) -> Message:
         """Return the next message of the replica."""
