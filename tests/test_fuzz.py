@@ -1,10 +1,12 @@
-"""A short run of `tests.fuzz`, the same inputs each time."""
+"""Short runs of `tests.fuzz`, the same inputs each time, and of its sieges."""
 
 from __future__ import annotations
 
 import pytest
 
+from tests.fuzz import siege
 from tests.fuzz.__main__ import main
+from tests.utils import need_program
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -13,3 +15,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 @pytest.mark.timeout(240)
 def test_nothing_is_found(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--seed", "1", "--seconds", "45"]) == 0, capfd.readouterr().out
+
+
+@pytest.mark.timeout(600)
+def test_sieges_are_withstood(capfd: pytest.CaptureFixture[str]) -> None:
+    need_program("slowhttptest")
+    # A machine in use adds to each wait.
+    assert siege.main(["--seconds", "3"], p99_s=1) == 0, capfd.readouterr().out

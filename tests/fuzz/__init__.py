@@ -8,4 +8,6 @@ its replica's own port, and `state` is read as a scheduler's state file is. Each
 says what has to hold whatever comes. Beside them ``/-/healthz`` is asked all the while,
 and the memory and the open files of the process under test are watched. It ends with 1
 if anything was found; what was, is printed with the command that does it again.
+
+What many clients can do together, with inputs that are known, is in `siege`.
 """

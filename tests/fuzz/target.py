@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import dask
 import psutil
 
 import daskserve as serve
@@ -49,16 +50,20 @@ def make_echo() -> Any:
             if event["type"] == "http.disconnect":
                 return
             body, more = body + event["body"], event["more_body"]
+        answer = b"x" * 500_000 if scope["path"].endswith("/large") else b"hello"
         given = dict(scope["headers"]).get(b"x-id", b"")
         said = b"%s/%d/%d" % (given, len(body), zlib.crc32(body))
         await send(
             {
                 "type": "http.response.start",
                 "status": 200,
-                "headers": [(b"x-echo", said), (b"content-length", b"5")],
+                "headers": [
+                    (b"x-echo", said),
+                    (b"content-length", b"%d" % len(answer)),
+                ],
             }
         )
-        await send({"type": "http.response.body", "body": b"hello"})
+        await send({"type": "http.response.body", "body": answer})
 
     return echo
 
@@ -74,9 +79,9 @@ class Target:
         Of the server; and host, port and secret of the replica's own.
     """
 
-    def __init__(self, cluster: ProcessCluster, client: Any) -> None:
+    def __init__(self, cluster: ProcessCluster, client: Any, **options: Any) -> None:
         self._cluster = cluster
-        instance = serve.start(http_options={"port": 0, **LIMITS})
+        instance = serve.start(http_options={"port": 0, **LIMITS, **options})
         serve.deployment(name="echo", route_prefix="/echo", max_ongoing_requests=1000)(
             serve.ingress(make_echo)(type("Echo", (), {}))
         ).deploy()
@@ -102,11 +107,20 @@ def _direct_address() -> Any:
     return tuple(replica[3])
 
 
+def nanny_environment() -> dict[str, str]:
+    """Return what nannies set: with it, allocators give back what is free."""
+    environ = dask.config.get("distributed.nanny.pre-spawn-environ")
+    return {name: str(value) for name, value in environ.items()}
+
+
 @contextmanager
-def open_target() -> Iterator[Target]:
-    """Start a cluster to be fuzzed."""
-    with ProcessCluster(1, nanny=False) as cluster, cluster.client() as client:
-        yield Target(cluster, client)
+def open_target(**options: Any) -> Iterator[Target]:
+    """Start a cluster to be fuzzed, with more HTTP options."""
+    with (
+        ProcessCluster(1, nanny=False, env=nanny_environment()) as cluster,
+        cluster.client() as client,
+    ):
+        yield Target(cluster, client, **options)
 
 
 async def talk(
