@@ -26,7 +26,7 @@ from tests.utils import need_program, poll, run_uvicorn, write_certificate
 
 __all__ = ["spare", "start"]  # fixtures
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 #: Swagger UI's files, which FastAPI's page takes from a CDN.
 STATIC = Path(fastapi_offline.__file__).with_name("static")

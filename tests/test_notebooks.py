@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 
 from tests.utils import ROOT, ProcessCluster, free_port
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
