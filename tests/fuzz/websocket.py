@@ -123,6 +123,7 @@ async def _converse(
 ) -> None:
     """Send data; then say goodbye when all came back, or hang up when nothing does."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    patience_s = 5 if goodbye else 0.3
     try:
         writer.write(head)
         answer = await reader.readuntil(b"\r\n\r\n")
@@ -135,7 +136,7 @@ async def _converse(
                     writer.write(goodbye)
                     goodbye = b""
                 try:
-                    async with asyncio.timeout(5 if goodbye else 0.3):
+                    async with asyncio.timeout(patience_s):
                         part = await reader.read(65536)
                 except TimeoutError:
                     return
