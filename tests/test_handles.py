@@ -863,21 +863,24 @@ def test_async_methods_run_together(kit: serve.DeploymentHandle, log: Path) -> N
     assert {response.result(timeout_s=10) for response in responses} == {"went"}
 
 
-def test_replica_context(kit: serve.DeploymentHandle, url: str) -> None:
+def test_replica_context(kit: serve.DeploymentHandle) -> None:
     replicas = serve.status().deployments["Kit"].replicas
     tags = {replica.replica_tag for replica in replicas}
     for call in (kit.where, kit.where_sync):
         found: set[str] = set()
         deadline = time.monotonic() + 20
-        while (
-            found != tags
-        ):  # one that is slow for a moment gets nothing of little work
+        # One that is slow for a moment gets nothing of so little work.
+        while found != tags:
             assert time.monotonic() < deadline, found
             for response in [call.remote() for _ in range(40)]:
                 deployment, tag, _, is_self = response.result(timeout_s=10)
                 assert (deployment, is_self) == ("Kit", True)
                 found.add(tag)
 
+
+def test_replica_context_in_an_app(kit: serve.DeploymentHandle, url: str) -> None:
+    replicas = serve.status().deployments["Kit"].replicas
+    tags = {replica.replica_tag for replica in replicas}
     app = FastAPI()
 
     @serve.deployment(num_replicas=2, route_prefix="/ctx")

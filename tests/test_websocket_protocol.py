@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -331,6 +331,22 @@ def median_wait(port: int, seconds: float) -> float:
     return sorted(took)[len(took) // 2]
 
 
+def wait_beside(
+    act: Callable[[int], object], port: int, end: Callable[[], None]
+) -> float:
+    """Return how long a request takes while eight clients do something."""
+    threads = [threading.Thread(target=act, args=(port,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    try:
+        time.sleep(0.2)  # until all are at it
+        return median_wait(port, 2)
+    finally:
+        end()
+        for thread in threads:
+            thread.join(10)
+
+
 @pytest.mark.parametrize("size", [MIB // 2, 16 * MIB, 17 * MIB])
 def test_bombs_leave_time_for_others(size: int) -> None:
     bomb = frame(BINARY | COMPRESSED, squeeze(size))
@@ -344,20 +360,14 @@ def test_bombs_leave_time_for_others(size: int) -> None:
                 while not ended.is_set():
                     sock.sendall(bomb)
 
+    def end() -> None:
+        ended.set()
+        for sock in list(socks):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
     with run(Open()) as (_, port):
-        threads = [threading.Thread(target=throw, args=(port,)) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        try:
-            time.sleep(0.2)
-            assert median_wait(port, 2) < 0.1
-        finally:
-            ended.set()
-            for sock in list(socks):
-                with suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-            for thread in threads:
-                thread.join(10)
+        assert wait_beside(throw, port, end) < 0.1
 
 
 def test_large_answers_leave_time_for_others() -> None:
@@ -379,16 +389,7 @@ def test_large_answers_leave_time_for_others() -> None:
                 pass
 
     with run(app) as (_, port):
-        threads = [threading.Thread(target=drink, args=(port,)) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        try:
-            time.sleep(0.2)
-            assert median_wait(port, 2) < 0.1
-        finally:
-            ended.set()
-            for thread in threads:
-                thread.join(10)
+        assert wait_beside(drink, port, ended.set) < 0.1
 
 
 @contextmanager
