@@ -195,6 +195,12 @@ class Color(enum.Enum):
             },
             {"at": "1970-01-01T00:00:00", "x": [None], "t": [None]},
         ),
+        (
+            # A date that NaT may look like changes nothing of the rest.
+            {"at": dt.datetime(1970, 1, 1), "x": np.float32(0.1), "kind": Color.RED},
+            {"at": "1970-01-01T00:00:00", "x": 0.1, "kind": "r"},
+        ),
+        ({"n": 2**70, "kind": Color.RED}, {"n": 2**70, "kind": "r"}),
         (np.timedelta64(1500, "ms"), 1.5),
         (np.array([1_500_000_000, "NaT"], "m8[ns]"), [1.5, None]),
         (np.array([Decimal("0.5"), None], object), [0.5, None]),

@@ -33,9 +33,9 @@ _TEXTS = (
     *(ipaddress.IPv6Address, ipaddress.IPv6Interface, ipaddress.IPv6Network),
 )
 
-#: What orjson makes of numpy's NaT in some units, which may also be such a date; in
-#: others it refuses it.
-_NATS = (b'"1677-09-21T00:12:43.145224"', b'"1970-01-01T00:00:00"')
+#: What orjson makes of numpy's NaT in nanoseconds, and in days, hours and the like: it
+#: may also be such a date. In other units it refuses it.
+_NAT, _NAT_OF_DAYS = b'"1677-09-21T00:12:43.145224"', b'"1970-01-01T00:00:00"'
 
 
 class NotEncodableError(TypeError):
@@ -89,26 +89,28 @@ def to_json(value: Any) -> bytes:
         ) from err
 
 
-def _to_json(value: Any, options: int = orjson.OPT_SERIALIZE_NUMPY) -> bytes:
+def _to_json(value: Any, *, simple: bool = False) -> bytes:
+    # The option for keys, alone, would write two that are the same as text.
+    keys = orjson.OPT_NON_STR_KEYS if simple else 0
     try:
-        found = orjson.dumps(value, default=_plain, option=options)
+        found = orjson.dumps(value, _plain, orjson.OPT_SERIALIZE_NUMPY | keys)
     except TypeError as err:
         cause = str(err.__cause__ or err)
-        if "Dict key" in cause and not options & orjson.OPT_NON_STR_KEYS:
-            # The option alone would write two keys that are the same as text.
-            options |= orjson.OPT_NON_STR_KEYS
-            return _to_json(_with_plain_keys(value), options)
-        if any(word in cause for word in ("64-bit", "endianness", "datetime64")):
+        if not simple and ("Dict key" in cause or "datetime64" in cause):
+            return _to_json(_simplified(value), simple=True)
+        if "64-bit" in cause or "endianness" in cause:
             return _to_json_slowly(value)
         raise
-    return _to_json_slowly(value) if any(nat in found for nat in _NATS) else found
+    if not simple and (_NAT in found or _NAT_OF_DAYS in found):
+        return _to_json(_simplified(value), simple=True)
+    return found
 
 
 def _to_json_slowly(value: Any) -> bytes:
-    """Do with the standard library what orjson cannot; it is slow and rare."""
+    """Do with the standard library what orjson refuses; it is slow and rare."""
     text = json.dumps(
-        _with_plain_keys(value),
-        default=lambda other: _with_plain_keys(_plain(other)),
+        _simplified(value),
+        default=lambda other: _simplified(_plain(other)),
         allow_nan=False,
         ensure_ascii=False,
         separators=(",", ":"),
@@ -116,21 +118,24 @@ def _to_json_slowly(value: Any) -> bytes:
     return text.encode()
 
 
-def _with_plain_keys(value: Any) -> Any:
+def _simplified(value: Any) -> Any:
+    """Return a value with keys that are text, and without numpy's times, as lists."""
+    if _is_numpy_time(value):
+        return _numpy_times(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None  # as orjson does
     if isinstance(value, dict):
-        plain = {_key(key): _with_plain_keys(item) for key, item in value.items()}
+        plain = {_key(key): _simplified(item) for key, item in value.items()}
         if len(plain) < len(value):
             keys = [repr(key) for key in value]
             raise TypeError(f"some of its keys are the same in JSON: {', '.join(keys)}")
         return plain
     if isinstance(value, list | tuple):
-        return [_with_plain_keys(item) for item in value]
+        return [_simplified(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [field.name for field in dataclasses.fields(value)]
         return {
-            name: _with_plain_keys(getattr(value, name))
+            name: _simplified(getattr(value, name))
             for name in fields
             if not name.startswith("_")  # as orjson does
         }
@@ -161,8 +166,8 @@ def _plain(value: Any) -> Any:
         if hasattr(value, "columns"):
             rows = value.to_dict(orient="records")
             plain = all(isinstance(label, str) for label in value.columns)
-            return rows if plain else _with_plain_keys(rows)
-        return _with_plain_keys(value.to_dict())
+            return rows if plain else _simplified(rows)
+        return _simplified(value.to_dict())
     if type(value).__name__ in ("NAType", "NaTType"):  # pandas' for what is missing
         return None
     if isinstance(value, dt.timedelta):  # pandas' are such
@@ -177,12 +182,14 @@ def _plain(value: Any) -> Any:
         exponent = value.as_tuple().exponent  # as FastAPI does; a letter if it is NaN
         whole = isinstance(exponent, int) and exponent >= 0
         return int(value) if whole else float(value)
+    if isinstance(value, Enum):
+        return value.value
     if isinstance(value, _TEXTS) or type(value).__name__ in ("Period", "Interval"):
         return str(value)
     if isinstance(value, re.Pattern):
         return value.pattern
     if isinstance(value, Mapping):
-        return _with_plain_keys(dict(value))
+        return _simplified(dict(value))
     if isinstance(value, bytes):
         return value.decode()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -191,7 +198,8 @@ def _plain(value: Any) -> Any:
 
 
 def _is_numpy_time(value: Any) -> bool:
-    return type(value).__module__ == "numpy" and value.dtype.kind in "Mm"
+    kind = getattr(value, "dtype", None) if type(value).__module__ == "numpy" else None
+    return kind is not None and kind.kind in "Mm"
 
 
 def _numpy_times(value: Any) -> Any:
