@@ -244,30 +244,26 @@ class Forwarder:
         if path == "/-/routes":
             body = orjson.dumps(self._table.routes)
             return await respond(send, 200, body, content_type=b"application/json")
-        if path.startswith(READY_PATH):
-            status, text = self._readiness(path.removeprefix(READY_PATH))
-            extra = [RETRY_AFTER] if status == 503 else []
-            return await respond(send, status, text, *extra)
         if self.draining:
-            return await respond(send, 503, "This proxy is draining.")
+            return await respond(send, 503, "This proxy is draining.", RETRY_AFTER)
         if self._dispatcher.version < 0:
-            return await respond(send, 503, "The route table is not here yet.")
+            text = "The route table is not here yet."
+            return await respond(send, 503, text, RETRY_AFTER)
+        if path.startswith(READY_PATH):
+            return await self._serve_ready(path.removeprefix(READY_PATH), send)
         await respond(send, 200, "success")
 
-    def _readiness(self, name: str) -> tuple[int, str]:
-        """Return the status and the text that tell whether a deployment is ready."""
-        if self._dispatcher.version < 0:
-            return 503, "The route table is not here yet."
+    async def _serve_ready(self, name: str, send: Send) -> None:
+        """Answer whether a deployment can take requests."""
         group = self._dispatcher.groups.get(name)
         if group is None:
-            return 404, f"There is no deployment {name!r}."
-        if self.draining:
-            return 503, "This proxy is draining."
+            return await respond(send, 404, f"There is no deployment {name!r}.")
         if group.router.slots or group.asleep:
-            return 200, "success"
+            return await respond(send, 200, "success")
         # Who has no token need not know what the constructor says.
         reason = group.reason if self._options.token is None else ""
-        return 503, f"Deployment {name!r} is not ready{reason and ': '}{reason}"
+        text = f"Deployment {name!r} is not ready{reason and ': '}{reason}"
+        await respond(send, 503, text, RETRY_AFTER)
 
     async def _forward(
         self, forwarding: Forwarding, info: RequestInfo, receive: Receive, send: Send
