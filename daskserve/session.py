@@ -97,7 +97,10 @@ class Session:
         if reply.get("status") == "error":
             kind, text = reply["kind"], reply["text"]
             error = getattr(exceptions, kind, None) or _BUILTIN_ERRORS.get(kind)
-            raise (error or ServeError)(text) from values.load_error(reply.get("cause"))
+            cause = values.load_error(reply.get("cause"))
+            if cause is None or cause.__traceback__ is None:
+                text = "\n\n".join(filter(None, [text, reply.get("traceback")]))
+            raise (error or ServeError)(text) from cause
         self._controller_answered()
         return reply.get("result")
 

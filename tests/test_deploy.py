@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import cloudpickle
@@ -621,6 +622,20 @@ def test_the_cause_of_a_failed_deploy(url: str) -> None:
     assert repr(error.__cause__) == "KeyError('weights')"
     assert cause("'x' * 100_000") is None
     assert cause("(n for n in ())") is None
+
+
+def test_a_cause_that_is_known_to_workers_only(url: str) -> None:
+    @serve.deployment
+    class Broken:
+        def __init__(self) -> None:
+            module = sys.modules["only_there"] = ModuleType("only_there")
+            module.Odd = type("Odd", (Exception,), {"__module__": "only_there"})
+            raise module.Odd("not here")
+
+    with pytest.raises(DeploymentFailedError) as caught:
+        Broken.deploy()
+    assert caught.value.__cause__ is None
+    assert 'raise module.Odd("not here")' in str(caught.value)
 
 
 def test_constructor_that_fails_once(url: str, log: Log) -> None:

@@ -943,6 +943,26 @@ def test_a_stop_during_the_start_waits_for_it(replica: Make, slow: str) -> None:
     assert ENDED == [*first, "down", "gone"]
 
 
+def test_an_exception_that_is_raised_again_stays_as_it_is(replica: Make) -> None:
+    cause = OSError(n for n in range(3))  # cannot travel
+    error = KeyError("kept")
+
+    class Model:
+        def __call__(self) -> None:
+            raise error from cause
+
+    made = replica(lambda: None)
+    made.runner._servable.object = Model()  # the same object here and there
+    for _ in range(3):
+        with pytest.raises(KeyError, match="kept") as info:
+            made.result(made.call())
+        [note] = info.value.__notes__
+        assert note.count("Traceback in the replica") == 1
+        assert note.count("KeyError: 'kept'") == 1
+    assert error.__cause__ is cause
+    assert not hasattr(error, "__notes__")
+
+
 def test_an_app_that_says_nothing(replica: Make) -> None:
     class Holder:
         pass

@@ -127,11 +127,14 @@ class Failure:
         Its text: one line of summary, then the details.
     cause
         Its cause, pickled by a replica: not for the scheduler to read.
+    traceback
+        What the text lacks if the cause cannot be shown in its place.
     """
 
     kind: str
     text: str
     cause: bytes | None = None
+    traceback: str = ""
 
 
 @dataclass(frozen=True, slots=True)

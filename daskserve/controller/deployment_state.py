@@ -353,7 +353,9 @@ class ManagedDeployment:
         death = Death(replica.tag, replica.worker, last_line(reason), now)
         self.deaths.append(death)
 
-    def end_deploy(self, failure: str | None, cause: bytes | None = None) -> None:
+    def end_deploy(
+        self, failure: str | None, cause: bytes | None = None, traceback: str = ""
+    ) -> None:
         """Tell the ``deploy()`` calls that wait, if there are any, how it ended.
 
         Parameters
@@ -362,9 +364,11 @@ class ManagedDeployment:
             None if it went well.
         cause
             What a replica's constructor raised, pickled there, if it can be.
+        traceback
+            Of the cause.
         """
         tickets, self.target.tickets = self.target.tickets, []
         error = None
         if failure is not None:
-            error = Failure("DeploymentFailedError", failure, cause)
+            error = Failure("DeploymentFailedError", failure, cause, traceback)
         self.shared.settled += [Settle(ticket, error) for ticket in tickets]

@@ -148,8 +148,10 @@ def give_up(
         summary += "; its former options are back in force"
     goal.failure = f"{summary}\n\n{details}"
     d.at_rest = False
-    # The cause has its traceback with it.
-    d.end_deploy(summary if cause else goal.failure, cause)
+    if cause is None:
+        d.end_deploy(goal.failure)
+    else:  # it has its traceback with it
+        d.end_deploy(summary, cause, details)
 
 
 def count_failure(

@@ -29,6 +29,8 @@ from daskserve.packing import Packed
 from daskserve.transport.calls import Answer
 from daskserve.transport.messages import Headers
 
+#: What raising an exception sets; `__cause__` sets the last.
+_RAISED = ("__traceback__", "__context__", "__cause__", "__suppress_context__")
 #: Begins the names of daskserve's own files.
 _PACKAGE = os.path.join(os.path.dirname(packing.__file__), "")
 #: Begins the keys of other calls' results.
@@ -248,8 +250,7 @@ def describe(error: BaseException) -> tuple[str, str, str, bytes | None]:
     """Return ``(type name, text, traceback, pickled)`` of an exception.
 
     The last has the traceback and what the exception was raised from, as Dask's have,
-    or at least the exception itself; None if it does not survive the journey. The
-    exception is changed.
+    or at least the exception itself; None if it does not survive the journey.
     """
     try:
         text = str(error)
@@ -258,13 +259,16 @@ def describe(error: BaseException) -> tuple[str, str, str, bytes | None]:
     formatted = format_error(error)
     pickled = None
     if isinstance(error, Exception):
-        tblib.pickling_support.install(error)
-        error.__traceback__ = _users_part(error.__traceback__)
-        pickled = _dump_error(error)
-        if pickled is None:  # what it was raised from may be why
-            error.__cause__ = error.__context__ = error.__traceback__ = None
-            error.add_note(f"Traceback in the replica:\n{formatted}")
+        raised = {name: getattr(error, name) for name in _RAISED}
+        try:
+            error.__traceback__ = _users_part(error.__traceback__)
             pickled = _dump_error(error)
+            if pickled is None:  # what it was raised from may be why
+                error.__cause__ = error.__context__ = error.__traceback__ = None
+                pickled = _dump_error(error)
+        finally:  # user code may have it, and raise it again
+            for name, value in raised.items():
+                setattr(error, name, value)
     return type(error).__qualname__, text, formatted, pickled
 
 
@@ -278,6 +282,7 @@ def _users_part(trace: TracebackType | None) -> TracebackType | None:
 
 def _dump_error(error: Exception) -> bytes | None:
     try:
+        tblib.pickling_support.install(error)
         pickled = pickling.dumps(error, what="the exception")
         return pickled if type(pickling.loads(pickled)) is type(error) else None
     except Exception:
@@ -297,8 +302,16 @@ def request_error(error: BaseException) -> RequestError | None:
 def restore(
     type_name: str, text: str, formatted: str, pickled: bytes | None
 ) -> Exception:
-    """Return the exception that `describe` described, or a `DeploymentError`."""
-    return load_error(pickled) or DeploymentError(type_name, text, formatted)
+    """Return the exception that `describe` described, or a `DeploymentError`.
+
+    Without a traceback of its own, it has the text of that as a note.
+    """
+    error = load_error(pickled)
+    if error is None:
+        return DeploymentError(type_name, text, formatted)
+    if error.__traceback__ is None:
+        error.add_note(f"Traceback in the replica:\n{formatted}")
+    return error
 
 
 def load_error(pickled: bytes | None) -> Exception | None:
