@@ -20,6 +20,7 @@ from daskserve.exceptions import (
     DeploymentUnavailableError,
     QueueFullError,
     ReplicaDiedError,
+    RequestError,
     RequestTimeoutError,
 )
 from daskserve.transport.affinity import Session
@@ -904,6 +905,48 @@ def test_a_call_that_has_ended_is_no_garbage() -> None:
             left = weakref.ref(request)
             del request
             assert left() is None
+        finally:
+            gc.enable()
+        place.stop()
+
+    run(test)
+
+
+def test_a_call_that_failed_is_no_garbage() -> None:
+    """What its frames held of a response would stay until it is collected."""
+
+    class Large:
+        """Part of an answer."""
+
+    async def test(dispatcher: Dispatcher) -> None:
+        place = await Place({1: StandIn()}).start()
+        dispatcher.update(1, snapshot((1, place)))
+        await ask(dispatcher)
+        left: list[weakref.ref[Large]] = []
+        call = Call(dispatcher, "D")
+
+        async def stream() -> None:
+            part = Large()
+            left.append(weakref.ref(part))
+            try:
+                await call.first(lambda *ids: (CALL, *ids, "x"), retry_lost=False)
+                await call.next()
+            except BaseException:
+                call.cancel()
+                raise
+            finally:
+                call.finish()
+
+        gc.disable()
+        try:
+            task = asyncio.create_task(stream())
+            await asyncio.sleep(0.1)
+            call.abort(RequestError("the client has gone"))
+            await asyncio.wait([task])
+            assert isinstance(task.exception(), RequestError)
+            del task
+            await asyncio.sleep(0)
+            assert left[0]() is None
         finally:
             gc.enable()
         place.stop()

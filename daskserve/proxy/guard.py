@@ -23,6 +23,7 @@ from daskserve.proxy.http_protocol import INVALID, Cycle, HttpProtocol
 from daskserve.proxy.request import FULL_KEY
 from daskserve.transport.files import max_files, missing_files, reserve_files
 from daskserve.transport.handshakes import TlsListener
+from daskserve.transport.memory import give_back
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,10 @@ SPARE_CONNECTIONS = 64
 #: So many files are to be free: with fewer, who waits for nothing has to go. And so
 #: many are kept for when others in this process have taken all.
 FREE_FILES, RESERVED_FILES = 16, 8
-#: Seconds between two warnings of that.
+#: Once of so many connections at least no more than this share is left, memory is
+#: given back to the system.
+CROWD, CROWD_LEFT = 256, 0.1
+#: Seconds between two warnings that files are missing.
 FILES_WARNING_S = 60.0
 
 
@@ -72,6 +76,7 @@ class Guard:
         self.short_of_files = False
         self._reserve: list[int] = []
         self._warn_after = 0.0
+        self._most = 0
 
     @property
     def protocol(self) -> Callable[..., asyncio.Protocol]:
@@ -85,6 +90,7 @@ class Guard:
         if self.express is not None:
             self.express.sweep(now)
         self.look_at_files(now)
+        self._look_at_memory()
 
     def admit_handshake(self) -> bool:
         """Whether one more TLS connection may come, for which room is made."""
@@ -127,6 +133,15 @@ class Guard:
                 max_files(),
                 closed,
             )
+
+    def _look_at_memory(self) -> None:
+        there = len(self.connections)
+        if self.listener is not None:
+            there += len(self.listener.handshakes)
+        self._most = max(self._most, there)
+        if self._most >= CROWD and there <= self._most * CROWD_LEFT:
+            self._most = there
+            asyncio.get_running_loop().run_in_executor(None, give_back)
 
     def release_files(self) -> None:
         """Let others have what is kept for need."""

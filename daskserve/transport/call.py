@@ -208,7 +208,8 @@ class Call:
             finally:
                 self._waiter = None
         if self.failure is not None:
-            self.cancel()  # it may have been sent, in the same turn of the loop
+            self.send(CANCEL)  # it may have been sent, in the same turn of the loop
+            self._leave()
             raise self.failure
 
     # Both.
@@ -263,9 +264,11 @@ class Call:
 
     def finish(self) -> None:
         """Give the slot in the replica back, or the place in the queue."""
-        # Who made it is known to them, and would else be garbage in a circle.
+        # Who made it is known to them, and would else be garbage in a circle; so would
+        # the frames that a failure went through, with what they held of a response.
         self._make = self._on_news = None
         self._leave()
+        self.failure = None
 
     def _leave(self) -> None:
         if self.queued:
@@ -274,6 +277,7 @@ class Call:
         if self._exchange is not None:
             assert self._channel is not None
             self._channel.close_exchange(self._exchange)
+            self._exchange.forget_failure()
             self._exchange = None
         if self.slot is not None:
             slot, self.slot = self.slot, None

@@ -173,6 +173,10 @@ class Exchange:
             self._failure = failure
             self._notify()
 
+    def forget_failure(self) -> None:
+        """Let go of what `next` raised: it leads back here by its traceback."""
+        self._failure = None
+
     async def next(self) -> Message:
         """Return the next message; raise what `fail` was given if there is none."""
         while self.first is None:
