@@ -22,6 +22,7 @@ from daskserve.proxy.request import (
     respond,
 )
 from daskserve.proxy.routes import RouteTable
+from daskserve.proxy.turns import turn
 from daskserve.proxy.websocket import WebSocketRelay
 from daskserve.proxy.windows import Windows
 from daskserve.transport.call import Call
@@ -48,6 +49,9 @@ logger = logging.getLogger(__name__)
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 #: A body up to this size is read before a replica's place is taken.
 EAGER_BODY_BYTES = 64 * 1024
+#: A piece of a body from this size on waits for its turn: to hand it to the system
+#: takes as long as many small requests.
+LARGE_BYTES = 32 * 1024
 #: Credit is given back in steps of at most this many bytes.
 CREDIT_STEP_BYTES = 128 * 1024
 
@@ -333,6 +337,8 @@ class Forwarder:
                 assert message[0] == ERROR and message[2] in (CUT, STOPPED)
                 raise CutError(message[4])
             _, _, data, more_body = message
+            if len(data) >= LARGE_BYTES:
+                await turn(self._dispatcher.loop)
             await send(
                 {"type": "http.response.body", "body": data, "more_body": more_body}
             )
