@@ -22,7 +22,7 @@ from daskserve.proxy.request import (
     respond,
 )
 from daskserve.proxy.routes import RouteTable
-from daskserve.proxy.turns import turn
+from daskserve.proxy.turns import has_time, turn
 from daskserve.proxy.websocket import WebSocketRelay
 from daskserve.proxy.windows import Windows
 from daskserve.transport.call import Call
@@ -337,7 +337,7 @@ class Forwarder:
                 assert message[0] == ERROR and message[2] in (CUT, STOPPED)
                 raise CutError(message[4])
             _, _, data, more_body = message
-            if len(data) >= LARGE_BYTES:
+            if len(data) >= LARGE_BYTES and not has_time(self._dispatcher.loop):
                 await turn(self._dispatcher.loop)
             await send(
                 {"type": "http.response.body", "body": data, "more_body": more_body}

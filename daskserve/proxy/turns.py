@@ -18,6 +18,8 @@ Work = Callable[[float], bool] | asyncio.Future[None]
 
 _waiting: WeakKeyDictionary[asyncio.AbstractEventLoop, deque[Work]]
 _waiting = WeakKeyDictionary()
+#: When it was first asked in this round whether there is time.
+_rounds: WeakKeyDictionary[asyncio.AbstractEventLoop, float] = WeakKeyDictionary()
 
 
 def wait_for_turn(loop: asyncio.AbstractEventLoop, work: Work) -> None:
@@ -27,6 +29,16 @@ def wait_for_turn(loop: asyncio.AbstractEventLoop, work: Work) -> None:
         queue = _waiting[loop] = deque()
         loop.call_soon(_take_turns, loop, queue)
     queue.append(work)
+
+
+def has_time(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether this round of the loop, since this was first asked, was a short one."""
+    began = _rounds.get(loop)
+    if began is None:
+        _rounds[loop] = loop.time()
+        loop.call_soon(_rounds.pop, loop, None)  # in the next round
+        return True
+    return loop.time() - began < TURNS_S
 
 
 def anyone_waits(loop: asyncio.AbstractEventLoop) -> bool:
