@@ -16,6 +16,7 @@ from daskserve.config import DeploymentOptions, HTTPOptions
 from daskserve.controller.plugin import NAME, ServeController
 from daskserve.deployment import Deployment
 from daskserve.exceptions import ServeConfigError, ServeNotRunningError
+from daskserve.nanny import ServeNannyPlugin
 from daskserve.session import ClientSession, Session, client_session, current_session
 from daskserve.status import ServeStatus, Version
 from daskserve.worker import ServeWorkerPlugin
@@ -317,6 +318,7 @@ async def _start(
         detached=detached,
         client=client.id,
         worker_plugin=environment.guarded(ServeWorkerPlugin()),
+        nanny_plugin=environment.guarded(ServeNannyPlugin()),
     )
     if info["reason"]:
         logger.warning("%s", info["reason"])

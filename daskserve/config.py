@@ -1009,9 +1009,12 @@ class Settings(_Frozen):
         When a worker's job ends: seconds since 1970, or a date and time with its zone.
         None: what the batch system says, if it does.
     end_margin_s
-        Seconds before that at which its replicas are to be elsewhere.
+        Seconds before that at which its replicas move, if there is a better place.
+    end_lead_s
+        Seconds before that at which ``adapt()`` is told to ask for another worker.
     signal_timeout_s
-        Seconds that a worker without a nanny goes on after SIGTERM at most.
+        Seconds that a worker goes on after SIGTERM at most. None: as long as the batch
+        system that it runs in waits, or 20.
     window_bytes
         Bytes of one request or response that may be on their way unread.
     direct
@@ -1039,7 +1042,8 @@ class Settings(_Frozen):
         "worker.ends-at"
     )
     end_margin_s: Seconds = _configured("worker.end-margin")
-    signal_timeout_s: Seconds = _configured("worker.signal-timeout")
+    end_lead_s: Seconds = _configured("worker.end-lead")
+    signal_timeout_s: Seconds | None = _configured("worker.signal-timeout")
     window_bytes: Annotated[ByteCount, AfterValidator(_positive)] = _configured(
         "transport.window"
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 import cloudpickle
 from distributed import Client
+from distributed.diagnostics.plugin import NannyPlugin
 
 from daskserve.controller.records import PYTHON
 from daskserve.exceptions import EnvironmentMismatchError
@@ -41,12 +42,12 @@ def _probe() -> tuple[str, str | None]:
         return python, None
 
 
-def _load(pickled: bytes, python: str) -> object:
+def _load(pickled: bytes, python: str, kind: str = "WorkerPlugin") -> object:
     import logging
     import pickle
     import sys
 
-    from distributed.diagnostics.plugin import WorkerPlugin
+    from distributed.diagnostics import plugin
 
     here = "%d.%d" % sys.version_info[:2]  # noqa: UP031
     try:
@@ -57,25 +58,27 @@ def _load(pickled: bytes, python: str) -> object:
         logging.getLogger("distributed.worker").warning(
             "daskserve cannot be used here, so this worker serves nothing: %s", err
         )
-        return WorkerPlugin()
+        return getattr(plugin, kind)()
 
 
 class _Guarded:
-    """Stands for a worker plugin that is replaced by an idle one if it fails to load.
+    """Stands for a plugin that is replaced by an idle one if it fails to load.
 
     Workers that join later were not seen by `check`, and Dask does not start one whose
-    plugins cannot be loaded.
+    plugins cannot be loaded, or whose nanny's.
     """
 
     def __init__(self, plugin: object) -> None:
         self._plugin = plugin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return eval, _by_source(_load, cloudpickle.dumps(self._plugin), PYTHON)
+        nanny = isinstance(self._plugin, NannyPlugin)
+        kind = "NannyPlugin" if nanny else "WorkerPlugin"
+        return eval, _by_source(_load, cloudpickle.dumps(self._plugin), PYTHON, kind)
 
 
 def guarded(plugin: object) -> bytes:
-    """Pickle a worker plugin so that it can be loaded by any worker.
+    """Pickle a plugin so that it can be loaded by any worker or nanny.
 
     Parameters
     ----------
@@ -85,8 +88,9 @@ def guarded(plugin: object) -> bytes:
     Returns
     -------
     bytes
-        For Dask's ``register_worker_plugin``. Where daskserve cannot be imported, or
-        Python is another one, they load as a plugin that only says so in the log.
+        For Dask's ``register_worker_plugin`` or ``register_nanny_plugin``. Where
+        daskserve cannot be imported, or Python is another one, they load as a plugin
+        that only says so in the log.
     """
     pickled: bytes = cloudpickle.dumps(_Guarded(plugin))
     return pickled

@@ -8,28 +8,42 @@ for as long as whoever ends the worker has patience. `Worker.close_gracefully`, 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
+import random
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-import psutil
 from distributed import Worker
 from distributed.core import Status
 
+from daskserve.batch import (
+    JobEnd,
+    ask_for_end,
+    batch_system,
+    end_by_environment,
+    end_by_lifetime,
+    kill_wait_s,
+)
 from daskserve.config import Settings
 from daskserve.transport.messages import OP_LEAVE
 
 logger = logging.getLogger(__name__)
 
-#: Of the time that a worker has for closing, what it may spend on leaving before.
-SHARE = 0.7
-#: Job time limits in seconds, counted from the job's begin, of PBS, Torque and OAR.
-LIMITS = ("PBS_WALLTIME", "OAR_JOB_WALLTIME_SECONDS")
+#: Of the time that a worker has for closing, what it keeps for that itself: so much of
+#: it, and so many seconds at most.
+CLOSING_SHARE, CLOSING_S = 0.3, 2.0
+#: So long before it is killed, a worker says how long its requests take: in seconds,
+#: and as a part of its time at most.
+LAST_WORDS_S, LAST_WORDS_SHARE = 25.0, 0.2
+#: Ends that are closer to each other, in seconds, are the same.
+SAME_S = 5.0
+#: A batch system is asked again after this part of what is left, within limits: time
+#: limits change, and a thousand workers ask.
+ASK_AFTER, ASK_S = 0.25, (30.0, 300.0)
 
 
 class Farewell:
@@ -41,33 +55,54 @@ class Farewell:
         The worker.
     settings
         How long things may take.
+    needs_s
+        Returns how long what each replica has in progress may take, by its number.
+    tell_end
+        Tells the controller of an `end` that is news; on the worker's loop.
     """
 
-    def __init__(self, worker: Worker, settings: Settings) -> None:
-        self.ends_at = end_of_job(settings, os.environ)
+    def __init__(
+        self,
+        worker: Worker,
+        settings: Settings,
+        needs_s: Callable[[], dict[int, float]],
+        tell_end: Callable[[], None],
+    ) -> None:
+        #: When the worker's job ends; None if that is not known.
+        self.end: JobEnd | None = end_by_environment(settings) or end_by_lifetime(
+            worker
+        )
+        self._since = time.time()
         self._worker = worker
         self._settings = settings
+        self._needs_s = needs_s
+        self._tell_end = tell_end
         self._close = worker.close
+        #: What waits until nothing is needed here, and until when it does.
         self._leaving: asyncio.Task[None] | None = None
+        self._leaving_until = float("inf")
         self._tasks: set[asyncio.Task[None]] = set()
+        self._asking: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._signals: dict[int, Any] = {}
         #: Whether a signal came.
         self._signalled = False
 
     @property
-    def ends_in_s(self) -> float | None:
-        """Seconds until the worker's job ends; None if that is not known."""
-        return None if self.ends_at is None else self.ends_at - time.time()
+    def ends_in_s(self) -> tuple[float, float, str] | None:
+        """Seconds until the job ends, and until it is killed, and when that is."""
+        if self.end is None:
+            return None
+        now = time.time()
+        return self.end.at - now, self.end.killed_at - now, _clock(self.end)
 
     def install(self) -> None:
         """Begin to listen for ends; on the worker's loop."""
         worker = self._worker
         worker.close = self.close  # type: ignore[method-assign]
-        if self.ends_in_s is not None:
-            begin = max(0.0, self.ends_in_s - self._settings.end_margin_s)
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(begin, self._job_ends)
+        self._plan_last_words()
+        if self._settings.ends_at is None and batch_system() is not None:
+            self._asking = self._spawn(self._ask_for_end())
         if threading.current_thread() is threading.main_thread():
             self._take_signal(signal.SIGTERM)
 
@@ -76,6 +111,8 @@ class Farewell:
         vars(self._worker).pop("close", None)
         if self._timer is not None:
             self._timer.cancel()
+        if self._asking is not None:
+            self._asking.cancel()
         if threading.current_thread() is threading.main_thread():
             for signum, handler in self._signals.items():
                 if signal.getsignal(signum) == self._on_signal:
@@ -89,19 +126,24 @@ class Farewell:
         reason: str = "worker-close",
     ) -> str | None:
         """Leave, then close as Dask does."""
-        await self.leave(f"is closed ({reason})", SHARE * timeout)
+        await self.leave(f"is closed ({reason})", timeout)
         return await self._close(
             timeout=timeout, executor_wait=executor_wait, nanny=nanny, reason=reason
         )
 
-    async def leave(self, reason: str, timeout_s: float, stays: bool = False) -> None:
-        """Wait until nothing of ours is needed here; for so long at most."""
-        if self._leaving is None or self._leaving.done():
-            asking = self._ask(reason, timeout_s, stays)
-            self._leaving = asyncio.ensure_future(asking)
+    async def leave(self, reason: str, timeout_s: float) -> None:
+        """Wait until nothing of ours is needed here, if the worker has so long."""
+        timeout_s -= min(CLOSING_SHARE * timeout_s, CLOSING_S)
+        until = time.monotonic() + timeout_s
+        over = self._leaving is None or self._leaving.done()
+        # A batch system tells nanny and worker at once: the shorter time counts.
+        if over or until < self._leaving_until - 1:
+            self._leaving_until = until
+            self._leaving = self._spawn(self._ask(reason, timeout_s))
+        assert self._leaving is not None
         await asyncio.wait([self._leaving], timeout=timeout_s)
 
-    async def _ask(self, reason: str, timeout_s: float, stays: bool) -> None:
+    async def _ask(self, reason: str, timeout_s: float) -> None:
         worker = self._worker
         stream = worker.batched_stream
         connected = stream is not None and stream.comm and not stream.comm.closed()
@@ -109,18 +151,51 @@ class Farewell:
             return
         try:
             await getattr(worker.scheduler, OP_LEAVE)(
-                worker=worker.address, reason=reason, timeout_s=timeout_s, stays=stays
+                worker=worker.address,
+                reason=reason,
+                timeout_s=timeout_s,
+                needs_s=self._needs_s(),
             )
         except (OSError, RuntimeError) as err:
             logger.info("the scheduler did not let this worker go: %r", err)
 
     # The end of a batch job.
 
-    def _job_ends(self) -> None:
-        assert self.ends_at is not None and self.ends_in_s is not None
-        at = time.strftime("%H:%M:%S", time.localtime(self.ends_at))
-        left = max(1.0, self.ends_in_s - self._settings.end_margin_s / 4)
-        self._spawn(self._ask(f"ends with its job at {at}", left, stays=True))
+    def _plan_last_words(self) -> None:
+        """Say how long requests take, soon before the end: there may be no signal."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self.end is not None:
+            logger.info("This worker's job ends at %s", _clock(self.end))
+            killed_at = self.end.killed_at
+            before_s = min(LAST_WORDS_S, LAST_WORDS_SHARE * (killed_at - self._since))
+            wait_s = max(0.0, killed_at - before_s - time.time())
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(wait_s, self._say_last_words)
+
+    def _say_last_words(self) -> None:
+        assert self.end is not None
+        reason = f"ends with its job at {_clock(self.end)}"
+        left_s = self.end.killed_at - time.time() - CLOSING_S
+        if not self._signalled and left_s > 0:
+            self._spawn(self._ask(reason, left_s))
+
+    async def _ask_for_end(self) -> None:
+        """Ask the batch system, again and again."""
+        while True:
+            try:
+                end = await asyncio.to_thread(ask_for_end, self._settings)
+            except (OSError, ValueError) as err:
+                logger.info("When this job ends is not known: %s", err)
+                return
+            if _differ(self.end, end):
+                self.end = end
+                self._tell_end()
+                self._plan_last_words()
+            left_s = ASK_S[1] / ASK_AFTER if end is None else end.at - time.time()
+            wait_s = min(max(left_s * ASK_AFTER, ASK_S[0]), ASK_S[1])
+            await asyncio.sleep(wait_s * random.uniform(0.8, 1.0))
 
     # Signals.
 
@@ -150,7 +225,7 @@ class Farewell:
         try:
             name = signal.Signals(signum).name
             logger.info("Received %s: leaving", name)
-            await self.leave(f"got {name}", SHARE * self._settings.signal_timeout_s)
+            await self.leave(f"got {name}", kill_wait_s(self._settings))
         finally:
             self._pass_on(signum)
 
@@ -162,43 +237,18 @@ class Farewell:
             signal.signal(signum, handler)
             os.kill(os.getpid(), signum)
 
-    def _spawn(self, coroutine: Any) -> None:
-        task = asyncio.ensure_future(coroutine)
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
-def end_of_job(settings: Settings, environ: Mapping[str, str]) -> float | None:
-    """Find out when the batch system will end this process.
-
-    Parameters
-    ----------
-    settings
-        Where the user may have said it.
-    environ
-        Where the batch system may have.
-
-    Returns
-    -------
-    float or None
-        Seconds since 1970; None if nobody says.
-    """
-    if settings.ends_at is not None:
-        return settings.ends_at
-    with contextlib.suppress(KeyError, ValueError):
-        return float(environ["SLURM_JOB_END_TIME"])
-    for name in LIMITS:
-        with contextlib.suppress(KeyError, ValueError):
-            return _begin_of_job(environ) + float(environ[name])
-    return None
+def _clock(end: JobEnd) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(end.at))
 
 
-def _begin_of_job(environ: Mapping[str, str]) -> float:
-    """Return when the job began: not later than the oldest process that is our own."""
-    process, oldest = psutil.Process(), time.time()
-    uid = process.uids().real
-    with contextlib.suppress(psutil.Error):
-        while process is not None and process.uids().real == uid:
-            oldest = process.create_time()
-            process = process.parent()
-    return oldest
+def _differ(one: JobEnd | None, other: JobEnd | None) -> bool:
+    if one is None or other is None:
+        return one is not other
+    return abs(one.killed_at - other.killed_at) > SAME_S

@@ -16,6 +16,7 @@ from daskserve.config import Settings
 from daskserve.controller.keeper import StateKeeper
 from daskserve.controller.plugin import NAME, ServeController
 from daskserve.controller.state_file import open_state_file
+from daskserve.nanny import ServeNannyPlugin
 from daskserve.worker import ServeWorkerPlugin
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,6 @@ def dask_setup(server: Any, state: str | None) -> None:
         return
     where = state or Settings.load().state
     keeper = None if where is None else StateKeeper(open_state_file(where))
-    plugin = environment.guarded(ServeWorkerPlugin())
+    plugins = [environment.guarded(p()) for p in (ServeWorkerPlugin, ServeNannyPlugin)]
     # The scheduler calls its `start`.
-    server.add_plugin(ServeController(keeper, plugin), name=NAME)
+    server.add_plugin(ServeController(keeper, *plugins), name=NAME)

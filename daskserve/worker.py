@@ -99,9 +99,11 @@ class ServeWorkerPlugin(WorkerPlugin):
         worker.stream_handlers[STREAM_LOST] = self._take_lost
         worker.stream_handlers[STREAM_QUEUED] = self._take_queued
         worker.stream_handlers[STREAM_COMMAND] = self._take_command
-        self._farewell = Farewell(worker, self.session.settings)
+        self._farewell = Farewell(
+            worker, self.session.settings, self._needs_s, self._say_hello
+        )
         self._farewell.install()
-        self._send({"op": STREAM_HELLO, "ends_in_s": self._farewell.ends_in_s})
+        self._say_hello()
         where = f"worker {worker.address}"
         self._health = HealthMonitor(self.runners, self._send, where)
         thread.submit(self._health.run())
@@ -129,6 +131,13 @@ class ServeWorkerPlugin(WorkerPlugin):
             self._thread.submit(self.session.dispatcher.close()).result(5)
             self._thread.stop()
 
+    def _say_hello(self) -> None:
+        ends_in_s = None if self._farewell is None else self._farewell.ends_in_s
+        self._send({"op": STREAM_HELLO, "ends_in_s": ends_in_s})
+
+    def _needs_s(self) -> dict[int, float]:
+        return {n: runner.needs_s for n, runner in list(self.runners.items())}
+
     # What the controller sends.
 
     @never_raises
@@ -140,7 +149,7 @@ class ServeWorkerPlugin(WorkerPlugin):
 
         async def take() -> None:
             if not dispatcher.update(version, snapshot, base):
-                self._send({"op": STREAM_HELLO})  # a whole one comes in answer
+                self._say_hello()  # a whole one comes in answer
                 return
             await dispatcher.connected()
             self._send({"op": STREAM_ACK, "version": version})

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +17,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 import daskserve as serve
+from daskserve.batch import JobEnd, ask_for_end, end_by_environment, kill_wait_s
 from daskserve.config import Settings
 from daskserve.controller import leaving
 from daskserve.controller.actions import StopReplica
@@ -28,7 +30,6 @@ from daskserve.controller.leaving import (
 )
 from daskserve.controller.placement import Leaving, WorkerView
 from daskserve.controller.proxies import SCHEDULER, desired_proxies
-from daskserve.leaving import end_of_job
 from daskserve.proxy import steering
 from tests.test_state import SPEC, Rig, address, started, view
 from tests.utils import ProcessCluster, free_port, poll
@@ -42,17 +43,17 @@ def test_announced_and_called_off() -> None:
     board = LeaveBoard()
     assert not board
     board.announce("a", RETIRED)
-    assert board.get("a") == RETIRED
-    assert board.get("b") is None
+    assert board.get("a", 1000) == RETIRED
+    assert board.get("b", 1000) is None
     board.sweep(5000, {"a"})
-    assert board.get("a") == RETIRED  # somebody waits for it
+    assert board.get("a", 1000) == RETIRED  # somebody waits for it
     board.let_be("a", 5000)
     board.sweep(5000 + LINGER_S - 1, {"a"})
-    assert board.get("a") == RETIRED
+    assert board.get("a", 1000) == RETIRED
     board.sweep(5000 + LINGER_S, set())
-    assert board.get("a") == RETIRED  # Dask does not let it run
+    assert board.get("a", 1000) == RETIRED  # Dask does not let it run
     board.sweep(5000 + LINGER_S, {"a"})
-    assert board.get("a") is None
+    assert board.get("a", 1000) is None
 
 
 def test_the_earliest_deadline_holds() -> None:
@@ -61,24 +62,65 @@ def test_the_earliest_deadline_holds() -> None:
     board.announce("a", RETIRED)
     board.announce("a", sooner)
     board.announce("a", RETIRED)
-    assert board.get("a") == sooner
+    assert board.get("a", 1000) == sooner
     for _ in range(2):
         board.let_be("a", 1000)
     board.sweep(2000, {"a"})
-    assert board.get("a") == sooner  # one more call waits
+    assert board.get("a", 1000) == sooner  # one more call waits
     board.gone("a")
     board.let_be("a", 1000)
-    assert board.get("a") is None
+    assert board.get("a", 1000) is None
 
 
 def test_near_end() -> None:
     board = LeaveBoard()
-    board.ends("a", 5000)
+    board.ends("a", 5000, 5028, "12:00:00", 0)
     assert not board.ends_soon("a", 5000 - NEAR_END_S - 1)
     assert board.ends_soon("a", 5000 - NEAR_END_S)
     assert not board.ends_soon("b", 5000)
     board.gone("a")
     assert not board.ends_soon("a", 5000)
+
+
+def test_a_job_that_ends() -> None:
+    board = LeaveBoard(margin_s=60, lead_s=300)
+    board.ends("a", 5000, 5028, "12:00:00", 0)
+    assert board.get("a", 4939) is None
+    why = board.get("a", 4940)
+    assert why is not None and why.killed and why.deadline == 5028
+    assert why.reason == "ends with its job at 12:00:00"
+    assert not board.is_to_be_replaced("a", 4699)
+    assert board.is_to_be_replaced("a", 4700)
+    assert not board.is_to_be_replaced("b", 4700)
+    # A signal has a shorter time; a retired worker is nothing that is replaced.
+    board.announce("a", replace(RETIRED, deadline=5010, killed=True))
+    assert board.get("a", 4940) == replace(RETIRED, deadline=5010, killed=True)
+    board.announce("b", RETIRED)
+    assert not board.is_to_be_replaced("b", 1000)
+    # Its time limit is raised.
+    board.gone("a")
+    board.ends("a", 1000, 1028, "12:00:00", 0)
+    board.ends("a", 8100, 8128, "14:00:00", 900)
+    assert board.get("a", 990) is None
+    assert board.get("a", 8950) is not None
+    board.never_ends("a")
+    assert board.get("a", 8950) is None
+
+
+def test_short_jobs_serve_for_most_of_their_time() -> None:
+    board = LeaveBoard(margin_s=60, lead_s=300)
+    board.ends("a", 80, 108, "12:00:00", 0)
+    assert board.get("a", 59) is None
+    assert board.get("a", 61) is not None
+    assert not board.is_to_be_replaced("a", 59)
+
+
+def test_how_long_jobs_last() -> None:
+    board = LeaveBoard()
+    for name, at in ("short", 700), ("day", 86400), ("more", 90000):
+        board.ends(name, at, at, "", 0)
+    assert board.lasts("short", 0) < board.lasts("day", 0) == board.lasts("more", 0)
+    assert board.lasts("day", 0) <= board.lasts("forever", 0)
 
 
 @pytest.mark.parametrize(
@@ -372,24 +414,115 @@ def test_cluster_that_closes() -> None:
     ("environ", "expected"),
     [
         ({}, None),
-        ({"SLURM_JOB_END_TIME": "1764000000"}, 1764000000),
+        ({"SLURM_JOB_END_TIME": "1764000000"}, JobEnd(1764000000, 1764000000)),
+        (
+            {"SLURM_JOB_END_TIME": "1764000000", "SLURM_JOB_ID": "7"},
+            JobEnd(1764000000, 1764000028),
+        ),
         ({"SLURM_JOB_END_TIME": "never"}, None),
     ],
 )
-def test_end_of_job(environ: dict[str, str], expected: float | None) -> None:
-    assert end_of_job(Settings.load(), environ) == expected
+def test_end_of_job(environ: dict[str, str], expected: JobEnd | None) -> None:
+    assert end_by_environment(Settings.load(), environ) == expected
 
 
 def test_end_of_job_by_its_limit() -> None:
-    end = end_of_job(Settings.load(), {"PBS_WALLTIME": "3600"})
+    end = end_by_environment(Settings.load(), {"PBS_WALLTIME": "3600"})
     assert end is not None
-    assert time.time() - 10 * 24 * 3600 < end <= time.time() + 3600
+    assert time.time() - 10 * 24 * 3600 < end.at <= time.time() + 3600
 
 
 @pytest.mark.parametrize("value", [1764000000, "2025-11-24T17:00:00+01:00"])
 def test_end_of_job_by_configuration(value: object) -> None:
     settings = Settings(ends_at=value)  # type: ignore[arg-type]
-    assert end_of_job(settings, {"SLURM_JOB_END_TIME": "1"}) == 1764000000
+    environ = {"SLURM_JOB_END_TIME": "1", "SLURM_JOB_ID": "7"}
+    end = JobEnd(1764000000, 1764000000)
+    assert end_by_environment(settings, environ) == end
+
+
+#: What their commands print, as their manuals and users have it.
+SAID = {
+    "SLURM_JOB_ID": ("squeue", "1-02:03:04\n", 93784),
+    "PBS_JOBID": (
+        "qstat",
+        "    resources_used.walltime = 00:10:00\n    Resource_List.walltime = 01:00:00",
+        3000,
+    ),
+    "LSB_JOBID": ("bjobs", "1:30 L\n", 5400),
+}
+
+
+def say(folder: Path, command: str, text: str, code: int = 0) -> dict[str, str]:
+    """Make a command that prints a text; return the environment that has it."""
+    path = folder / command
+    path.write_text(f"#!/bin/sh\ncat <<'.'\n{text}\n.\nexit {code}\n")
+    path.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize("job", SAID)
+def test_batch_systems_are_asked(
+    job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, text, left_s = SAID[job]
+    monkeypatch.setenv("PATH", say(tmp_path, command, text)["PATH"])
+    end = ask_for_end(Settings.load(), {job: "7"})
+    assert end is not None
+    assert abs(end.at - time.time() - left_s) < 5
+    assert end.killed_at == end.at + kill_wait_s(Settings.load(), {job: "7"})
+
+
+@pytest.mark.parametrize(
+    ("job", "command", "text"),
+    [
+        ("JOB_ID", "qstat", "hard resource_list:         h_rt=864000,mem_free=1G"),
+        ("OAR_JOB_ID", "oarstat", "    walltime = 240:0:0"),
+        ("_CONDOR_JOB_AD", "cat", "AllowedJobDuration = 864000"),
+        ("PBS_JOBID", "qstat", "    Resource_List.walltime = 240:00:00"),
+        ("PBS_JOBID", "qstat", "    Walltime.Remaining = 864000"),
+    ],
+)
+def test_batch_systems_that_tell_the_limit(
+    job: str, command: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say(tmp_path, command, text)
+    if command == "cat":  # a file it is, and the command that reads it a real one
+        (tmp_path / "ad").write_text(text)
+    else:
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    end = ask_for_end(Settings.load(), {job: str(tmp_path / "ad")})
+    assert end is not None
+    assert time.time() < end.at <= time.time() + 864000
+
+
+def test_a_job_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", say(tmp_path, "squeue", "UNLIMITED")["PATH"])
+    assert ask_for_end(Settings.load(), {"SLURM_JOB_ID": "7"}) is None
+
+
+def test_a_batch_system_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", say(tmp_path, "squeue", "", 1)["PATH"])
+    with pytest.raises(OSError, match="squeue.* ended with 1"):
+        ask_for_end(Settings.load(), {"SLURM_JOB_ID": "7"})
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    with pytest.raises(OSError, match="squeue"):
+        ask_for_end(Settings.load(), {"SLURM_JOB_ID": "7"})
+
+
+@pytest.mark.parametrize(
+    ("environ", "seconds"),
+    [
+        ({}, 20),
+        ({"SLURM_JOB_ID": "7"}, 28),
+        ({"PBS_JOBID": "7"}, 8),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, 28),
+    ],
+)
+def test_time_after_a_signal(environ: dict[str, str], seconds: float) -> None:
+    assert kill_wait_s(Settings.load(), environ) == seconds
+    assert kill_wait_s(Settings(signal_timeout_s=5), environ) == 5
 
 
 def test_end_of_job_that_is_none() -> None:
@@ -591,9 +724,8 @@ def test_actor_of_a_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_job_with_an_end() -> None:
-    end = time.time() + 63
-    env = {"DASK_DASKSERVE__WORKER__END_MARGIN": "60s"}
-    with ProcessCluster(0, env=env) as cluster, cluster.client():
+    end = time.time() + 24  # of which it leaves for the last quarter
+    with ProcessCluster(0) as cluster, cluster.client():
         cluster.env["SLURM_JOB_END_TIME"] = str(end)
         cluster.add_worker("--name", "brief")
         cluster.wait_for_workers(1)
@@ -602,9 +734,9 @@ def test_job_with_an_end() -> None:
         (old,) = replicas()
         cluster.add_worker()
         with Load(deployment.url) as load:
-            poll(lambda: old.worker not in {r.worker for r in replicas()}, 15)
+            poll(lambda: old.worker not in {r.worker for r in replicas()}, 25)
+            assert end - 8 < time.time() < end
             load.more(20)
-        assert end - 60 < time.time() < end - 45
         poll(lambda: len(serve.status().proxies) == 1)
         assert serve.status().proxies[0].worker != old.worker
 

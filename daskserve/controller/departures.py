@@ -120,7 +120,7 @@ class Departures:
         return answer
 
     async def leave(
-        self, worker: str, reason: str, timeout_s: float, stays: bool = False
+        self, worker: str, reason: str, timeout_s: float, needs_s: dict[int, float]
     ) -> dict[str, Any]:
         """Answer a worker when it can close; it asks before it does.
 
@@ -132,8 +132,8 @@ class Departures:
             Why it closes.
         timeout_s
             How long it can wait.
-        stays
-            Whether it does not close by itself then, but is killed some time.
+        needs_s
+            How long requests in its replicas may take, by the replica's number.
         """
         instance, now = self._instance(), time.monotonic()
         restarts = worker in self._restarting and now < self._restarted_at + RESTART_S
@@ -143,8 +143,14 @@ class Departures:
             # A script has ended and its own cluster with it. Nothing can move: Dask's
             # executors take no work any more.
             return await self._shutdown()
-        why = Leaving(reason=reason, since=now, deadline=now + timeout_s)
-        await self._leave(instance, [worker], why, for_good=stays)
+        why = Leaving(
+            reason=reason,
+            since=now,
+            deadline=now + timeout_s,
+            killed=True,
+            needs_s=needs_s,
+        )
+        await self._leave(instance, [worker], why)
         return {"status": "OK"}
 
     async def _leave(
@@ -153,7 +159,6 @@ class Departures:
         workers: Sequence[str],
         why: Leaving,
         then: Callable[[], Awaitable[None]] | None = None,
-        for_good: bool = False,
     ) -> None:
         for worker in workers:
             logger.info("Worker %s %s: what it serves moves away", worker, why.reason)
@@ -170,7 +175,7 @@ class Departures:
             if then is not None:
                 await then()
         finally:
-            for worker in [] if for_good else workers:
+            for worker in workers:
                 instance.leaving.let_be(worker, time.monotonic())
 
     def restarted(self) -> None:
@@ -189,12 +194,12 @@ class Departures:
     async def adaptive_target(self, **kwargs: Any) -> int:
         """Return how many workers ``adapt()`` wants: one at least while we serve.
 
-        And more while replicas find no room; they are no tasks, so Dask does not count
-        them.
+        And more while replicas find no room, or their workers are about to end; they
+        are no tasks, so Dask does not count them.
         """
         target: int = self._target(**kwargs)
         instance = self._instance()
         if instance is None or not instance.names():
             return target
-        missing = instance.missing_workers()
+        missing = max(instance.missing_workers(), instance.ending_workers())
         return max(target, 1, len(self._scheduler.workers) + missing if missing else 0)

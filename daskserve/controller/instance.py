@@ -81,7 +81,7 @@ class Instance:
         self.publisher = Publisher(scheduler, settings.ack_timeout_s)
         self.proxies = ProxyManager(scheduler, self.publisher, http, self.publisher.has)
         #: Workers that are about to leave.
-        self.leaving = LeaveBoard()
+        self.leaving = LeaveBoard(settings.end_margin_s, settings.end_lead_s)
         self.settings = settings
         self._scheduler = scheduler
         self._state = ControllerState(
@@ -224,8 +224,24 @@ class Instance:
     def needed_workers(self) -> set[str]:
         """Return the workers that are to stay when the cluster is made smaller."""
         return needed_workers(
-            self._state.demands(), self._views(), self.proxies.records.keys()
+            self._state.demands(),
+            self._views(),
+            self.proxies.records.keys(),
+            self._to_be_replaced(),
         )
+
+    def _to_be_replaced(self) -> set[str]:
+        """Return the workers that are about to end and to be replaced."""
+        now = time.monotonic()
+        workers = self._scheduler.workers
+        return {a for a in workers if self.leaving.is_to_be_replaced(a, now)}
+
+    def ending_workers(self) -> int:
+        """Return how many workers are missing in the place of those that soon end."""
+        used = self._state.workers_in_use()
+        ending = self._to_be_replaced()
+        spare = set(self._scheduler.workers) - ending - used
+        return max(0, len(ending & used) - len(spare))
 
     def history(self, name: str) -> list[dict[str, Any]]:
         """Return the versions of a deployment; `KeyError` if there is none."""
@@ -282,10 +298,14 @@ class Instance:
         """Look again: something is wanted, or there may be room now."""
         self._wake.set()
 
-    def hello(self, worker: str, ends_in_s: float | None = None) -> None:
+    def hello(
+        self, worker: str, ends_in_s: tuple[float, float, str] | None = None
+    ) -> None:
         """Note that a worker's plugin is set up, and how long the worker has."""
         if ends_in_s is not None:
-            self.leaving.ends(worker, time.monotonic() + ends_in_s)
+            self.leaving.ends(worker, *ends_in_s, time.monotonic())
+        else:
+            self.leaving.never_ends(worker)
         self.publisher.subscribe(worker)
         self._health.heard(worker)
         self._wake.set()
@@ -542,8 +562,9 @@ class Instance:
                 accepting=ws.status == Status.running
                 and self.publisher.has(address)
                 and address not in self._health.silent,
-                leaving=leaving.get(address),
+                leaving=leaving.get(address, now),
                 ends_soon=leaving.ends_soon(address, now),
+                lasts=leaving.lasts(address, now),
             )
             for address, ws in self._scheduler.workers.items()
         }

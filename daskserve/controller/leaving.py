@@ -6,6 +6,7 @@ there, and what is there moves elsewhere (:mod:`daskserve.controller.moving`).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,8 +17,22 @@ from daskserve.controller.records import Spec
 #: How long a worker counts as leaving after the call that said so has ended: some are
 #: closed only then. One that runs on for longer stays after all.
 LINGER_S = 10.0
-#: Workers that end within this time get new replicas only if no other will do.
-NEAR_END_S = 600.0
+#: Workers that end within this time get new replicas only if no other will do; times
+#: beyond are told apart by their size, up to `LASTS` times twice as long.
+NEAR_END_S, LASTS = 600.0, 8
+#: A worker counts as ending, or as one to be replaced, for this part of its time at
+#: most: jobs may be shorter than what usually comes before their end.
+MOST_OF_IT = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """What a worker said of its end; times in seconds."""
+
+    at: float
+    leaving: Leaving
+    #: From when on another worker is to be asked for.
+    ask_at: float
 
 
 @dataclass(slots=True)
@@ -30,12 +45,23 @@ class _Leave:
 
 
 class LeaveBoard:
-    """Which workers leave, and until when they may be used."""
+    """Which workers leave, and until when they may be used.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    margin_s
+        Seconds before the end of its job at which what a worker serves moves.
+    lead_s
+        Seconds before that end at which another worker is asked for.
+    """
+
+    def __init__(self, margin_s: float = 60, lead_s: float = 300) -> None:
+        self._margin_s = margin_s
+        self._lead_s = lead_s
         self._leaves: dict[str, _Leave] = {}
-        #: Times at which workers said that they end.
-        self._ends: dict[str, float] = {}
+        self._ends: dict[str, _End] = {}
+        #: When each worker that ends was first heard of.
+        self._known_since: dict[str, float] = {}
 
     def announce(self, worker: str, leaving: Leaving) -> None:
         """Note that a worker leaves, and that somebody waits for it.
@@ -70,19 +96,40 @@ class LeaveBoard:
             leave.forget_at = now + LINGER_S
 
     def __bool__(self) -> bool:
-        return bool(self._leaves)
+        return bool(self._leaves or self._ends)
 
-    def ends(self, worker: str, at: float) -> None:
+    def ends(
+        self, worker: str, in_s: float, killed_in_s: float, clock: str, now: float
+    ) -> None:
         """Note that a worker knows when it ends.
 
         Parameters
         ----------
         worker
             Its address.
-        at
+        in_s
+            Seconds until its job ends.
+        killed_in_s
+            Seconds until it is killed; until then it goes on.
+        clock
+            When its job ends, as users read it.
+        now
             Time in seconds.
         """
-        self._ends[worker] = at
+        since = self._known_since.setdefault(worker, now)
+        at = now + in_s
+        most = (at - since) * MOST_OF_IT
+        leaving = Leaving(
+            reason=f"ends with its job at {clock}",
+            since=at - min(self._margin_s, most),
+            deadline=now + killed_in_s,
+            killed=True,
+        )
+        self._ends[worker] = _End(at, leaving, at - min(self._lead_s, most))
+
+    def never_ends(self, worker: str) -> None:
+        """Note that a worker's job has no end, or none any more."""
+        self._ends.pop(worker, None)
 
     def gone(self, worker: str) -> None:
         """Forget a worker that has left; one of its address may come.
@@ -94,6 +141,7 @@ class LeaveBoard:
         """
         self._leaves.pop(worker, None)
         self._ends.pop(worker, None)
+        self._known_since.pop(worker, None)
 
     def sweep(self, now: float, running: Collection[str]) -> None:
         """Forget those that stay after all.
@@ -109,21 +157,42 @@ class LeaveBoard:
             if not leave.calls and now >= leave.forget_at and worker in running:
                 del self._leaves[worker]
 
-    def get(self, worker: str) -> Leaving | None:
+    def get(self, worker: str, now: float) -> Leaving | None:
         """Look a worker up.
 
         Parameters
         ----------
         worker
             Its address.
+        now
+            Time in seconds.
 
         Returns
         -------
         Leaving or None
             None if it stays.
         """
-        leave = self._leaves.get(worker)
-        return None if leave is None else leave.leaving
+        leave, end = self._leaves.get(worker), self._ends.get(worker)
+        if end is None or now < end.leaving.since:
+            return None if leave is None else leave.leaving
+        if leave is None or end.leaving.deadline < leave.leaving.deadline:
+            return end.leaving
+        return leave.leaving
+
+    def is_to_be_replaced(self, worker: str, now: float) -> bool:
+        """Whether another worker is to be asked for, as this one is about to end."""
+        leave, end = self._leaves.get(worker), self._ends.get(worker)
+        if leave is not None and leave.leaving.killed:
+            return True
+        return end is not None and now >= end.ask_at
+
+    def lasts(self, worker: str, now: float) -> int:
+        """How long a worker's job goes on, roughly: the higher, the longer."""
+        end = self._ends.get(worker)
+        if end is None:
+            return LASTS
+        left = max(1.0, (end.at - now) / NEAR_END_S)
+        return min(LASTS, int(math.log2(left)))
 
     def ends_soon(self, worker: str, now: float) -> bool:
         """Whether a worker has said that it ends within :data:`NEAR_END_S`.
@@ -140,7 +209,8 @@ class LeaveBoard:
         bool
             True if other workers are to be preferred.
         """
-        return now >= self._ends.get(worker, float("inf")) - NEAR_END_S
+        end = self._ends.get(worker)
+        return end is not None and now >= end.at - NEAR_END_S
 
 
 def addresses_of(wanted: Iterable[object], names: Mapping[str, str]) -> list[str]:
@@ -179,6 +249,7 @@ def needed_workers(
     demands: Iterable[tuple[Spec, Mapping[str, int]]],
     views: Mapping[str, WorkerView],
     proxies: Collection[str],
+    ending: Collection[str] = (),
 ) -> set[str]:
     """Choose the workers that are to stay when a cluster is made smaller.
 
@@ -193,6 +264,8 @@ def needed_workers(
         The workers of the cluster by address.
     proxies
         Workers with an HTTP server; better than others.
+    ending
+        Workers that are about to be replaced; worse than others.
 
     Returns
     -------
@@ -210,7 +283,14 @@ def needed_workers(
             continue
         fit = [v.address for v in views.values() if _may_stay(v, spec)]
         ranks = [
-            (a not in needed, -there.get(a, 0), a not in proxies, -load[a], a)
+            (
+                a in ending,
+                a not in needed,
+                -there.get(a, 0),
+                a not in proxies,
+                -load[a],
+                a,
+            )
             for a in fit
         ]
         needed.update(a for *_, a in sorted(ranks)[: spec.num_replicas])

@@ -12,6 +12,9 @@ from daskserve.controller.deployment_state import ManagedDeployment
 from daskserve.controller.placement import Leaving, WorkerView, matches, offers
 from daskserve.controller.records import Goal, Replica, ReplicaState, Spec
 
+#: A worker that is killed so much later is worth moving to, in seconds.
+WORTH_S = 30.0
+
 
 def lender(spec: Spec, views: Mapping[str, WorkerView], now: float) -> str | None:
     """Choose the worker that is used though it leaves, where all that would do leave.
@@ -62,6 +65,7 @@ def mark_outgoing(
         The workers of the cluster by address.
     """
     lenders: dict[int, str | None] = {}
+    leaves = {a: view.leaving for a, view in views.items() if view.leaving is not None}
     for replica in d.replicas.values():
         view = views.get(replica.worker)
         if view is None or view.leaving is None:
@@ -73,11 +77,21 @@ def mark_outgoing(
         spec = replica.spec if goal is None else goal.spec
         if id(spec) not in lenders:
             lenders[id(spec)] = lender(spec, views, now)
-        replica.lent = lenders[id(spec)] == replica.worker
+        to = lenders[id(spec)]
+        replica.lent = to == replica.worker or (
+            to is not None and not _outlives(leaves[to], view.leaving)
+        )
         replica.outgoing = not replica.lent
         text = f"worker {replica.worker} {view.leaving.reason}"
         more = "no other worker will do" if replica.lent else _wait_of(d, replica)
         _explain(replica, f"{text}; {more}")
+
+
+def _outlives(other: Leaving, leaving: Leaving) -> bool:
+    """Whether moving there is worth it: jobs that begin together end together."""
+    if not (other.killed and leaving.killed):
+        return True
+    return other.deadline >= leaving.deadline + WORTH_S
 
 
 def _wait_of(d: ManagedDeployment, replica: Replica) -> str:
@@ -114,14 +128,16 @@ def let_go(
     """
     held: dict[int, list[Replica]] = {}
     for replica in list(d.replicas.values()):
-        if not replica.outgoing or replica.state == ReplicaState.STOPPING:
+        if not (replica.outgoing or replica.lent):
+            continue
+        if replica.state == ReplicaState.STOPPING:
             continue
         late = now >= _leaving(replica, views).let_go_at(
-            replica.spec.graceful_shutdown_timeout_s
+            replica.spec.graceful_shutdown_timeout_s, replica.replica_id
         )
-        if late or replica.state != ReplicaState.RUNNING:
+        if late or (replica.outgoing and replica.state != ReplicaState.RUNNING):
             _stop(d, replica, now, views)
-        else:
+        elif replica.outgoing:
             held.setdefault(replica.generation, []).append(replica)
     for goal in goals:
         outgoing = held.get(goal.generation, [])

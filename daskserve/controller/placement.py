@@ -22,7 +22,7 @@ _MAX_LISTED = 5
 
 #: How a worker compares with others for a deployment's next replica, the lowest being
 #: the best; see `Search`.
-Rank: TypeAlias = tuple[int, bool, int, int, int, int, str]
+Rank: TypeAlias = tuple[int, bool, int, int, int, int, int, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,11 @@ class Leaving:
         Whether one like it may come back soon, as after ``--lifetime``.
     at_once
         Whether nothing need wait for what comes elsewhere, for nothing will.
+    killed
+        Whether its processes are killed then: it cannot wait for others.
+    needs_s
+        How long requests in each replica there may take, by its number. Where that is
+        not known, it is the whole grace period.
     """
 
     reason: str
@@ -48,14 +53,18 @@ class Leaving:
     deadline: float
     may_return: bool = False
     at_once: bool = False
+    killed: bool = False
+    needs_s: Mapping[int, float] = field(default_factory=dict)
 
-    def let_go_at(self, grace_s: float) -> float:
+    def let_go_at(self, grace_s: float, replica_id: int | None = None) -> float:
         """When a replica has to stop taking requests, whatever is elsewhere.
 
         Parameters
         ----------
         grace_s
-            Seconds that requests in it may take to end.
+            Seconds that requests in it may take to end at most.
+        replica_id
+            Which one it is; None: something else.
 
         Returns
         -------
@@ -64,7 +73,10 @@ class Leaving:
         """
         if self.at_once:
             return self.since
-        return self.deadline - min(grace_s, (self.deadline - self.since) / 2)
+        need_s = (
+            grace_s if replica_id is None else self.needs_s.get(replica_id, grace_s)
+        )
+        return self.deadline - min(need_s, grace_s, (self.deadline - self.since) / 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +103,8 @@ class WorkerView:
         Why and when it leaves; None if it stays.
     ends_soon
         Whether its time ends soon, so that others are better.
+    lasts
+        How long its time is, roughly: the higher, the longer.
     """
 
     address: str
@@ -102,6 +116,7 @@ class WorkerView:
     accepting: bool
     leaving: Leaving | None = None
     ends_soon: bool = False
+    lasts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +215,8 @@ class Occupancy:
         address = view.address
         busy = view.free_threads <= self.sent[address]
         last = 2 if view.leaving else int(view.ends_soon)
-        return last, busy, failures, own_host, own, self.load[address], address
+        load = self.load[address]
+        return last, busy, failures, own_host, own, -view.lasts, load, address
 
     def ranks(self, views: Mapping[str, WorkerView]) -> list[Rank]:
         """Rank all workers as for a deployment that has nothing anywhere.
@@ -251,8 +267,9 @@ class Search:
     2. where the constructor failed least often;
     3. on the host with the fewest replicas of this deployment (a host dies whole);
     4. with the fewest replicas of this deployment itself;
-    5. with the fewest replicas of all deployments;
-    6. the lowest address, so that the outcome is predictable.
+    5. whose job goes on for longest, roughly;
+    6. with the fewest replicas of all deployments;
+    7. the lowest address, so that the outcome is predictable.
 
     Parameters
     ----------

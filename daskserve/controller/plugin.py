@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 Handler = Callable[..., Coroutine[Any, Any, dict[str, Any]]]
 
-NAME = "daskserve"
+NAME, NANNY_NAME = "daskserve", "daskserve-nanny"
 
 
 def _answers(function: Callable[..., Coroutine[Any, Any, Any]]) -> Handler:
@@ -77,18 +77,22 @@ class ServeController(SchedulerPlugin):
     ----------
     keeper
         Of the state file, with ``--preload daskserve --state``.
-    worker_plugin
-        The pickled worker plugin, for an instance that is brought back.
+    worker_plugin, nanny_plugin
+        The pickled plugins, for an instance that is brought back.
     """
 
     name = NAME
     idempotent = True
 
     def __init__(
-        self, keeper: StateKeeper | None = None, worker_plugin: bytes = b""
+        self,
+        keeper: StateKeeper | None = None,
+        worker_plugin: bytes = b"",
+        nanny_plugin: bytes = b"",
     ) -> None:
         self._keeper = keeper
         self._worker_plugin = worker_plugin
+        self._nanny_plugin = nanny_plugin
         self._scheduler: Scheduler | None = None
         self._instance: Instance | None = None
         self._departures: Departures | None = None
@@ -165,6 +169,7 @@ class ServeController(SchedulerPlugin):
             await self._scheduler.register_worker_plugin(
                 comm=None, plugin=self._worker_plugin, name=NAME, idempotent=False
             )
+            self._spawn(self._reach_nannies(self._nanny_plugin))
             await instance.resume()
         except Exception:
             logger.exception("What was deployed cannot be brought back")
@@ -223,7 +228,9 @@ class ServeController(SchedulerPlugin):
     # Streams.
 
     @never_raises
-    def _hello(self, worker: str, ends_in_s: float | None = None) -> None:
+    def _hello(
+        self, worker: str, ends_in_s: tuple[float, float, str] | None = None
+    ) -> None:
         if self._instance is not None:
             self._instance.hello(worker, ends_in_s)
 
@@ -285,6 +292,16 @@ class ServeController(SchedulerPlugin):
         if self._instance is not None:
             self._instance.health_report(worker, period_s, patience_s, troubles, files)
 
+    async def _reach_nannies(self, plugin: bytes) -> None:
+        """Have our part in nannies, now and later; nobody waits for that."""
+        assert self._scheduler is not None
+        try:
+            await self._scheduler.register_nanny_plugin(
+                comm=None, plugin=plugin, name=NANNY_NAME, idempotent=True
+            )
+        except Exception as err:  # they may be where the scheduler does not reach
+            logger.info("Some nanny has no part of ours: %r", err)
+
     # Ops.
 
     @_answers
@@ -294,6 +311,7 @@ class ServeController(SchedulerPlugin):
         detached: bool,
         client: str,
         worker_plugin: bytes,
+        nanny_plugin: bytes,
     ) -> dict[str, Any]:
         """Start an instance, or return what runs already."""
         assert self._scheduler is not None
@@ -314,6 +332,7 @@ class ServeController(SchedulerPlugin):
                 await self._scheduler.register_worker_plugin(
                     comm=None, plugin=worker_plugin, name=NAME, idempotent=False
                 )
+                self._spawn(self._reach_nannies(nanny_plugin))
                 errors = await instance.start()
             except BaseException:
                 await self._end()

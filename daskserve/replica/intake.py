@@ -24,6 +24,9 @@ KEPT_S = 1.0
 TELL_S, TELL_AGAIN_S = 0.001, 0.5
 #: What the time of a call has to become, of what was told last, to be told again.
 LESS, MORE = 0.8, 1.25
+#: What requests in progress need at least to end, in seconds: for their way, too. And
+#: how much longer than the longest of late one may take.
+LEAST_NEED_S, LONGER = 0.5, 1.5
 #: Of calls that are briefer, in seconds, so many are not measured between two that are.
 BRIEF_S, UNMEASURED = 1e-3, 7
 
@@ -188,6 +191,18 @@ class Intake:
             caller.way.send((ROOM, 0, self._replica_id))
         if self.slots.kept and self._keeping is None:
             self._keeping = self._loop.call_later(KEPT_S, self._withdraw_kept)
+
+    def needs_s(self, oldest_s: float) -> float:
+        """Return how long what is in progress may take, in seconds; any thread.
+
+        Parameters
+        ----------
+        oldest_s
+            For how long the oldest of it has been; as much again is allowed for.
+        """
+        longest_s = max(self._times.peak_s * LONGER, oldest_s * 2)
+        threads = self._threads if self.first_limit is not None else NO_LIMIT
+        return LEAST_NEED_S + longest_s * math.ceil((self.slots.taken or 1) / threads)
 
     def close(self) -> None:
         """Offer nothing any more."""

@@ -13,6 +13,7 @@ import inspect
 import logging
 import math
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from contextvars import Context
@@ -208,6 +209,14 @@ class Runner:
         """Requests and calls that are in user code now."""
         exchanges = len(self._http) + len(self._websockets) + len(self._calls)
         return exchanges + self._servable.deserted
+
+    @property
+    def needs_s(self) -> float:
+        """How long what is in progress may take, in seconds; any thread."""
+        admitted: list[Admitted] = [*self._http.values(), *self._calls.values()]
+        began = [each.began for each in admitted if each.slot is not None]
+        oldest_s = time.perf_counter() - min(began) if began else 0.0
+        return self._intake.needs_s(oldest_s)
 
     def waits_for_itself(self, method_name: str) -> bool:
         """Whether who waits for a call of this deployment here keeps it from running.

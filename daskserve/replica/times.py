@@ -30,18 +30,19 @@ class Times:
     False
     """
 
-    __slots__ = ("_log", "_peak_s", "mean_s")
+    __slots__ = ("_log", "mean_s", "peak_s")
 
     def __init__(self) -> None:
         #: 0.0 before the first.
         self.mean_s = 0.0
+        #: The longest of late, which is forgotten bit by bit.
+        self.peak_s = 0.0
         self._log = 0.0
-        self._peak_s = 0.0
 
     @property
     def steady(self) -> bool:
         """Whether no call of late took much longer than the others."""
-        return self._peak_s < STEADY * self.mean_s
+        return self.peak_s < STEADY * self.mean_s
 
     @property
     def typical_s(self) -> float:
@@ -56,6 +57,6 @@ class Times:
             self._log += (log(seconds) - self._log) * TYPICAL_WEIGHT
         else:
             self.mean_s, self._log = seconds, log(seconds)
-        self._peak_s *= FORGET
-        if seconds > self._peak_s:
-            self._peak_s = seconds
+        self.peak_s *= FORGET
+        if seconds > self.peak_s:
+            self.peak_s = seconds
