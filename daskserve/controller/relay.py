@@ -14,6 +14,8 @@ from typing import Any
 from distributed import Scheduler
 from distributed.comm.core import connect
 
+from daskserve.transport.flushing import flushed
+
 logger = logging.getLogger(__name__)
 
 
@@ -61,5 +63,6 @@ async def _pump(source: Any, target: Any) -> None:
         while True:
             # What is large is in frames of its own, which are not unpacked here.
             await target.write(await source.read())
+            await flushed(target)
     except OSError:  # CommClosedError is one
         pass

@@ -18,6 +18,7 @@ import msgpack
 from distributed.protocol.serialize import to_serialize
 
 from daskserve.exceptions import RequestError
+from daskserve.transport.flushing import flushed
 from daskserve.transport.loops import Mailbox
 from daskserve.transport.messages import (
     GRANT,
@@ -123,6 +124,7 @@ class CommPipe:
                 packed = msgpack.packb(batch, unicode_errors="surrogatepass")
                 large = len(packed) >= OWN_FRAME_BYTES
                 await self._comm.write(to_serialize(packed) if large else packed)
+                await flushed(self._comm)  # what is small may pass bulk until then
         except OSError as err:
             logger.debug("channel %s broke: %s", self._comm, err)
             self._comm.abort()

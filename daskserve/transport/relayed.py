@@ -32,6 +32,11 @@ class RelayedComm:
         self._at_once = 0
         self._warned = False
 
+    @property
+    def stream(self) -> Any:
+        """The stream of the connection to the scheduler, if it is over TCP."""
+        return getattr(self._comm, "stream", None)
+
     async def read(self) -> Any:
         """Read a message."""
         message = await self._comm.read()
