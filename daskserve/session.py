@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import ssl
@@ -40,6 +41,7 @@ from daskserve.transport.messages import (
     STREAM_QUEUED,
     STREAM_ROUTES,
 )
+from daskserve.transport.racing import discard, race
 from daskserve.transport.relayed import RelayedComm
 
 T = TypeVar("T")
@@ -49,6 +51,9 @@ logger = logging.getLogger(__name__)
 #: How long after a worker could not be reached a new connection to it goes by way of
 #: the scheduler at once.
 DIRECT_AGAIN_S = 60.0
+#: How long a connection to a worker may take before one by way of the scheduler is made
+#: beside it; as browsers do with IPv6 and IPv4 (RFC 8305).
+HEAD_START_S = 0.15
 
 _BUILTIN_ERRORS: dict[str, type[Exception]] = {
     error.__name__: error for error in (KeyError, RuntimeError, TypeError, ValueError)
@@ -208,17 +213,36 @@ class ClientSession(Session):
             thread.stop()
 
     async def connect(self, address: str) -> Any:
-        """Open a comm to a worker, by way of the scheduler if need be; on any loop."""
-        now = time.monotonic()
-        if self._relayed.get(address, now) <= now:
-            try:
-                return await super().connect(address)
-            except (OSError, TimeoutError) as err:
-                logger.info("%s is tried by way of the scheduler: %s", address, err)
+        """Open a comm to a worker, by way of the scheduler if need be; on any loop.
+
+        Where a firewall drops what is sent, it takes long to know that nothing comes.
+        """
+        if self._relayed.get(address, 0.0) > time.monotonic():
+            return await self._connect_relayed(address)
+        comm, direct = await race(
+            functools.partial(super().connect, address),
+            functools.partial(self._connect_relayed, address),
+            HEAD_START_S,
+        )
+        if direct is not None:
+            self._relayed[address] = time.monotonic() + DIRECT_AGAIN_S
+            direct.add_done_callback(functools.partial(self._tried, address))
+        return comm
+
+    async def _connect_relayed(self, address: str) -> Any:
         comm = await super().connect(self.address)
         await comm.write({"op": OP_RELAY, "to": address, "reply": False})
-        self._relayed[address] = now + DIRECT_AGAIN_S
         return RelayedComm(comm, address)
+
+    def _tried(self, address: str, direct: asyncio.Future[Any]) -> None:
+        """Note what became of a direct connection that was waited for no longer."""
+        if direct.cancelled():
+            return
+        if (error := direct.exception()) is None:
+            self._relayed.pop(address, None)  # the next one is direct again
+            discard(direct)
+        else:
+            logger.info("%s is reached by way of the scheduler: %s", address, error)
 
     async def _call_scheduler(self, op: str, message: dict[str, Any]) -> Any:
         return await getattr(self.client.scheduler, op)(**message)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any
 
-import dask
 import psutil
 import pytest
 
@@ -97,7 +97,11 @@ def test_a_firewall_before_the_workers() -> None:
             "worker_args": ["--worker-port", "9000"],
         }
         with HostCluster(host, [host], **options) as cluster, cluster.client():
-            with dask.config.set({"daskserve.transport.connect-timeout": "500ms"}):
-                with serve.start(http_options={"location": None}), host.firewall():
-                    with host.firewall("9000"):
-                        check_calls()
+            with serve.start(http_options={"location": None}), host.firewall():
+                with host.firewall("9000"):
+                    Echo.deploy()
+                    # The first does not wait until other ways are known to be closed.
+                    began = time.monotonic()
+                    assert Echo.get_handle().remote(1).result(5) == 1
+                    assert time.monotonic() - began < 1  # mostly 0.25
+                    check_calls()
