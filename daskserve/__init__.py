@@ -25,6 +25,7 @@ from daskserve.replica.context import (
     get_replica_context,
 )
 from daskserve.response_stream import DeploymentResponseGenerator
+from daskserve.tunnel import Tunnel, tunnel
 
 __all__ = [
     "Application",
@@ -34,6 +35,7 @@ __all__ = [
     "DeploymentResponseGenerator",
     "ServeError",
     "ServeInstance",
+    "Tunnel",
     "batch",
     "connect",
     "dask_setup",
@@ -53,4 +55,5 @@ __all__ = [
     "shutdown",
     "start",
     "status",
+    "tunnel",
 ]

@@ -129,6 +129,44 @@ def shutdown(**cluster: Any) -> None:
             click.echo(f"Shut down daskserve on {cluster['scheduler']}.")
 
 
+@serve.command()
+@_cluster_options
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="To bind, of 127.0.0.1; 0 for any that is free.",
+)
+@click.option("--uds", help="Path of a Unix socket to bind instead.")
+def tunnel(port: int, uds: str | None, **cluster: Any) -> None:
+    """Serve a cluster's deployments on this machine.
+
+    Through the connection to the scheduler, and to workers where they can be reached.
+
+    It runs until Ctrl-C or SIGTERM, and then exits with 0; and with 1 if the scheduler
+    is lost and not found again within --timeout. Until then, requests get a 503.
+    """
+    from daskserve.exceptions import ProxyStartError, ServeError
+    from daskserve.tunnel import tunnel as open_tunnel
+
+    with _caught_signals() as caught, _client(**cluster) as client:
+        try:
+            opened = open_tunnel(client, port=port, uds=uds)
+        except ProxyStartError as err:
+            raise click.ClickException(f"{err} Here, that is --port.") from err
+        except (ServeError, ValueError) as err:
+            raise click.ClickException(str(err)) from err
+        with opened:
+            click.echo(f"Serving {cluster['scheduler']} at {opened.url}")
+            click.echo("End with Ctrl-C.")
+            while not caught and not opened.closed:
+                time.sleep(0.1)
+        if not caught:
+            raise click.ClickException(f"{cluster['scheduler']} is lost")
+        click.echo("Stopped.")
+
+
 def _connect(client: Client) -> ServeInstance:
     from daskserve.api import connect
 

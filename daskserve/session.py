@@ -16,7 +16,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Hashable, Mapping
-from typing import Any, TypeVar, cast
+from concurrent.futures import CancelledError, Future
+from typing import Any, Protocol, TypeVar, cast
 
 from distributed import Client, default_client, get_worker
 from distributed.comm.addressing import get_address_host
@@ -148,6 +149,16 @@ class Session:
         )
 
 
+class Server(Protocol):
+    """What lives in the transport thread of a client besides."""
+
+    def instance_may_be_new(self) -> None:
+        """Note that another instance may have come; on the transport loop."""
+
+    async def stop(self) -> None:
+        """End; on the transport loop."""
+
+
 class ClientSession(Session):
     """A Dask client's tie to its cluster.
 
@@ -168,6 +179,8 @@ class ClientSession(Session):
         self._relayed: dict[str, float] = {}
         #: The connection on which snapshots come; None if none do.
         self._subscribed_on: Any = None
+        #: HTTP servers on the transport loop, which end before it.
+        self.servers: set[Server] = set()
 
     @property
     def client(self) -> Client:
@@ -195,6 +208,19 @@ class ClientSession(Session):
             # The way there, through loops and threads, says nothing to users.
             raise err.with_traceback(None) from err.__cause__
 
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine on the transport loop; any thread.
+
+        Raises
+        ------
+        RuntimeError
+            There is none.
+        """
+        if self._thread is None:
+            coroutine.close()
+            raise RuntimeError("the transport thread has ended")
+        return self._thread.submit(coroutine)
+
     def close(self) -> None:
         """End the transport thread; the session can be used again."""
         with self._lock:
@@ -207,7 +233,9 @@ class ClientSession(Session):
                 _loop(client).add_callback(
                     client._send_to_scheduler, {"op": STREAM_BYE}
                 )
-            with contextlib.suppress(RuntimeError, TimeoutError):
+            with contextlib.suppress(RuntimeError, TimeoutError, CancelledError):
+                for server in list(self.servers):
+                    thread.submit(server.stop()).result(5)
                 reason = "the Dask client that the call was made by is closed"
                 thread.submit(dispatcher.close(reason)).result(5)
             thread.stop()
@@ -259,6 +287,7 @@ class ClientSession(Session):
         )
         dispatcher_ref = weakref.ref(dispatcher)
         client_ref = self._client
+        servers = self.servers
 
         def take_routes(
             version: int, snapshot: dict[str, Any], base: int | None = None
@@ -269,6 +298,9 @@ class ClientSession(Session):
                 return
 
             async def take() -> None:
+                if base is None and version > dispatcher.version:
+                    for server in servers:
+                        server.instance_may_be_new()
                 if not dispatcher.update(version, snapshot, base):
                     _loop(client).add_callback(self._subscribe)  # for a whole one
                     return

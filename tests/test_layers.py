@@ -20,6 +20,7 @@ LAYERS = [
     "preload",
     "demo*",
     "api",
+    "tunnel",
     "apps",
     "local",
     "environment",

@@ -10,7 +10,11 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from daskserve.config import READY_PATH, HTTPOptions, is_own_path
-from daskserve.exceptions import ReplicaDiedError, RequestError
+from daskserve.exceptions import (
+    DeploymentUnavailableError,
+    ReplicaDiedError,
+    RequestError,
+)
 from daskserve.proxy.client_watch import ClientGoneError, ClientWatch
 from daskserve.proxy.forwarded import FORWARDED_PREFIX
 from daskserve.proxy.request import (
@@ -120,6 +124,8 @@ class Forwarder:
         self, dispatcher: Dispatcher, options: HTTPOptions, windows: Windows
     ) -> None:
         self.draining = False
+        #: Why nothing can be forwarded, if so: all requests get a 503 then.
+        self.unavailable = ""
         self._dispatcher = dispatcher
         self._options = options
         self._windows = windows
@@ -134,9 +140,14 @@ class Forwarder:
         info: RequestInfo = scope[SCOPE_KEY]
         if info.forwarding is not None:  # it comes from the quick way
             return await self._run(info.forwarding, info, scope, receive, send)
+        websocket = scope["type"] == "websocket"
+        if self.unavailable:
+            error = DeploymentUnavailableError(self.unavailable)
+            if websocket:
+                raise error
+            return await self._respond_error(send, info, error)
         root_path = scope.get(FORWARDED_PREFIX, self._options.root_path)
         path, match = self._locate(scope["path"], root_path)
-        websocket = scope["type"] == "websocket"
         if is_own_path(path) and not websocket:
             return await self._serve_own(path, scope, send)
         if scope.get(FULL_KEY):
@@ -161,7 +172,7 @@ class Forwarder:
             path, match = self._locate(path, root_path)
         else:
             match = self._table.match(path)
-        if match is None or is_own_path(path):
+        if match is None or is_own_path(path) or self.unavailable:
             return None
         return self._new(scope, info, root_path, path, match)
 

@@ -138,6 +138,10 @@ class HTTPServer:
         await self._server.ready.wait()
         return self.url
 
+    def refuse(self, reason: str) -> None:
+        """Answer all requests with 503 and `reason`; "" ends that; any thread."""
+        self._forwarder.unavailable = reason
+
     def share(self, shared: bool) -> None:
         """Let others of the same user bind the port as well, or nobody any more.
 
@@ -213,6 +217,8 @@ class HTTPServer:
         self._server.should_exit = True
         await asyncio.wait([self._task], timeout=drain_s)
         self._server.force_exit = True
+        for connection in list(self._server.server_state.connections):
+            connection.transport.abort()
         await asyncio.wait([self._task], timeout=1)
         self._guard.release_files()
         if self._options.uds is not None:

@@ -251,20 +251,30 @@ class Dispatcher:
         """Return a deployment's group, waiting for the first snapshot if need be."""
         group = self.groups.get(name)
         if group is None:
-            try:
-                async with asyncio.timeout(FIRST_SNAPSHOT_S):
-                    await self._first_snapshot.wait()
-            except TimeoutError:
-                raise DeploymentUnavailableError(
-                    f"No routing table came within {FIRST_SNAPSHOT_S} s: is an "
-                    f"instance running on this cluster, and the scheduler alive?"
-                ) from None
+            await self.informed()
             group = self.groups.get(name)
         if group is None:
             raise DeploymentUnavailableError(
                 f"There is no deployment {name!r}; there are {sorted(self.groups)}."
             )
         return group
+
+    async def informed(self) -> None:
+        """Wait for the first snapshot.
+
+        Raises
+        ------
+        DeploymentUnavailableError
+            None comes.
+        """
+        try:
+            async with asyncio.timeout(FIRST_SNAPSHOT_S):
+                await self._first_snapshot.wait()
+        except TimeoutError:
+            raise DeploymentUnavailableError(
+                f"No routing table came within {FIRST_SNAPSHOT_S} s: is an instance "
+                f"running on this cluster, and the scheduler alive?"
+            ) from None
 
     def has_replicas(self, name: str) -> bool:
         """Whether a deployment has replicas that take requests; any thread."""
