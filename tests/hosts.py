@@ -47,6 +47,10 @@ class Host:
         """Run a program there and return what it prints."""
         return _run(*self.command(*args))
 
+    def processes(self) -> list[int]:
+        """Return the ids of all that runs there."""
+        return [int(pid) for pid in _run("ip", "netns", "pids", self.name).split()]
+
     def cut(self) -> None:
         """Pull the cable: what is sent is lost, in both directions, and nobody told."""
         _run("ip", "link", "set", self._link, "down")
