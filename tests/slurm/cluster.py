@@ -38,7 +38,8 @@ SlurmdPidFile={folder}/%n.pid
 MailProg=/bin/true
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
-ProctrackType=proctrack/linuxproc
+# Signals go to all processes of a script or step, and what outlives it is killed.
+ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 SelectType=select/cons_tres
 # Jobs spread over the nodes.
@@ -109,6 +110,10 @@ class Slurm:
     def drain(self, *nodes: str) -> None:
         """Let no new job run on nodes; those there go on."""
         self._update(nodes, "State=DRAIN", "Reason=test")
+
+    def down(self, *nodes: str) -> None:
+        """Give nodes up, as if they had failed: what runs there is killed at once."""
+        self._update(nodes, "State=DOWN", "Reason=test")
 
     def resume(self, *nodes: str) -> None:
         self._update(nodes, "State=RESUME")
