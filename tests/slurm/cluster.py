@@ -115,16 +115,16 @@ class Slurm:
         """Give nodes up, as if they had failed: what runs there is killed at once."""
         self._update(nodes, "State=DOWN", "Reason=test")
 
-    def resume(self, *nodes: str) -> None:
-        self._update(nodes, "State=RESUME")
-
     def _update(self, nodes: tuple[str, ...], *changes: str) -> None:
         self.run("scontrol", "update", f"NodeName={','.join(nodes)}", *changes)
 
     def wait(self, state: str, *jobs: int, timeout: float = 30) -> None:
         """Wait until jobs are in a state, such as RUNNING."""
-        for number in jobs:
-            poll(lambda n=number: self.job(n)["JobState"] == state, timeout, 0.1)
+
+        def there() -> bool:
+            return all(self.job(number)["JobState"] == state for number in jobs)
+
+        poll(there, timeout, 0.1)
 
     def logs(self) -> str:
         """Return what the daemons and the jobs have printed until now."""

@@ -1,7 +1,7 @@
 """``python -m tests.slurm.endings NAME``: end jobs in one way, and count what is lost.
 
-Three jobs with a worker each serve; then one of them ends, or all do at once, and others
-come in their place. A line says what became of the requests; ``all`` runs all endings.
+Three jobs with a worker each serve; then one of them ends, or all do at once, and
+others come in their place. A line says what became of the requests.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Ending:
 
     #: More options for jobs that are to end.
     options: tuple[str, ...] = ()
+    #: Whether nobody says when they end, so that the next ones are submitted before.
+    chained = False
     #: How long they may take from their start to their end.
     timeout_s = 60.0
 
@@ -61,8 +63,9 @@ class Ending:
         if self.pause_s:
             self.wait_for_end()
             time.sleep(self.pause_s)
-        for _ in self.jobs:
-            self.site.submit()
+        for job in self.jobs:
+            wait = (f"--dependency=afterany:{job}",) if self.chained else ()
+            self.site.submit(*wait)
         self.wait_for_end()
 
     def wait_for_end(self) -> None:
@@ -90,7 +93,7 @@ class Requeue(Ending):
 
 
 class Drain(Ending):
-    """The nodes are drained, and what runs there requeued, so that it comes elsewhere."""
+    """The nodes are drained, and what runs there is requeued: it comes elsewhere."""
 
     def run(self) -> None:
         nodes = {self.slurm.job(job)["NodeList"] for job in self.jobs}
@@ -117,6 +120,7 @@ class Walltime(Ending):
     """Time is up."""
 
     options = ("--time=1",)
+    chained = True
     timeout_s = LIMIT_S + 30
 
 
@@ -124,6 +128,7 @@ class Signal(Ending):
     """``--signal=B:TERM@30`` some time before time is up."""
 
     options = ("--time=2", "--signal=B:TERM@30")
+    chained = True
     timeout_s = LIMIT_S + 90
 
 
@@ -131,10 +136,9 @@ class Down(Ending):
     """The nodes are set down: no signal, the jobs are killed and requeued."""
 
     def run(self) -> None:
-        nodes = {self.slurm.job(job)["NodeList"] for job in self.jobs}
-        self.slurm.down(*nodes)
+        # They come back by themselves when they are next heard of.
+        self.slurm.down(*{self.slurm.job(job)["NodeList"] for job in self.jobs})
         self.wait_for_end()
-        self.slurm.resume(*nodes)
 
 
 ENDINGS: dict[str, type[Ending]] = {

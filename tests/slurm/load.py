@@ -1,4 +1,4 @@
-"""Requests at a steady rate, whatever becomes of those before; what is lost, and why."""
+"""Requests at a steady rate, whatever becomes of those before; which are lost."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from starlette.requests import Request
 #: Requests of each method in a second.
 RATE = 10
 METHODS = ("GET", "POST")
-#: What the handler sleeps, in turn: most is over soon, some of it is on its way for long.
+#: What the handler sleeps, in turn.
 SLEEPS_S = (0.2, 1.0)
-#: How long a client looks for a server that takes its connection, or waits for an answer.
+#: How long a client looks for a server that takes its connection, or for an answer.
 PATIENCE_S = 90
 CONNECT_S = 2
 
@@ -125,7 +125,7 @@ class Load:
     def longest_wait_s(self) -> float:
         """How long an answer took at most, beyond what the handler sleeps."""
         good = [fate for fate in self.fates if fate.lost is None]
-        return max((fate.ended - fate.began - fate.sleeps_s for fate in good), default=0)
+        return max((f.ended - f.began - f.sleeps_s for f in good), default=0)
 
     @property
     def longest_gap_s(self) -> float:
