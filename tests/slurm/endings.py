@@ -17,6 +17,7 @@ from pathlib import Path
 from tests.slurm.cluster import open_slurm
 from tests.slurm.load import Load, loaded
 from tests.slurm.site import LAUNCHES, Site, open_site
+from tests.utils import poll
 
 JOBS = 3
 #: Slurm looks at time limits every 30 s, and signals come up to 60 s too early.
@@ -69,12 +70,13 @@ class Ending:
         self.wait_for_end()
 
     def wait_for_end(self) -> None:
-        """Wait until nothing of the jobs runs any more."""
-        deadline = time.monotonic() + self.timeout_s
-        for job in self.jobs:
-            while self.slurm.job(job)["JobState"] in ("RUNNING", "COMPLETING"):
-                assert time.monotonic() < deadline, self.slurm.job(job)
-                time.sleep(0.1)
+        """Wait until nothing of the jobs runs any more, but what was requeued."""
+        poll(lambda: not any(map(self._runs, self.jobs)), self.timeout_s, 0.1)
+
+    def _runs(self, job: int) -> bool:
+        facts = self.slurm.job(job)
+        ends = facts["JobState"] in ("RUNNING", "COMPLETING")
+        return ends and facts["Restarts"] == "0"
 
 
 class Scancel(Ending):
@@ -112,8 +114,7 @@ class Preempt(Ending):
             node = self.slurm.job(job)["NodeList"]
             options = ("--partition=high", "--exclusive", f"--nodelist={node}")
             self.slurm.submit("sleep 20", *options)
-        for job in self.jobs:
-            self.slurm.wait("PENDING", job, timeout=60)
+        self.wait_for_end()
 
 
 class Walltime(Ending):
@@ -151,6 +152,7 @@ def run(
     ending: type[Ending],
     *,
     count: int = 1,
+    of: int = JOBS,
     pause_s: float = 0,
     requests: int = 600,
     log: Callable[[str], object] = lambda text: None,
@@ -163,7 +165,9 @@ def run(
     ending
         Which.
     count
-        How many of the three jobs end.
+        How many of the jobs end.
+    of
+        How many there are.
     pause_s
         See `Ending`.
     requests
@@ -176,15 +180,15 @@ def run(
     with open_slurm() as slurm, open_site(slurm, **options) as site:
         try:
             jobs = [site.submit(*ending.options) for _ in range(count)]
-            stays = [site.submit() for _ in range(JOBS - count)]
+            stays = [site.submit() for _ in range(of - count)]
             slurm.wait("RUNNING", *jobs, *stays)
-            site.wait_for_workers(JOBS)
-            site.deploy(JOBS)
+            site.wait_for_workers(of)
+            site.deploy(of)
             with loaded(site.load(requests)) as load:
                 time.sleep(CALM_S)
                 ending(site, jobs, pause_s).run()
-                site.wait_for_workers(JOBS)
-                site.wait_for_replicas(JOBS)
+                site.wait_for_workers(of)
+                site.wait_for_replicas(of)
                 time.sleep(CALM_S)
             return load
         finally:

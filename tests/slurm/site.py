@@ -73,11 +73,12 @@ class Site:
     end_known: bool = False
     urls: list[str] = field(default_factory=list)
 
-    def submit(self, *options: str) -> int:
+    def submit(self, *options: str, end_known: bool | None = None) -> int:
         """Submit a job with one worker; return its number."""
-        return self.slurm.submit(self.script(), "--cpus-per-task=2", *options)
+        known = self.end_known if end_known is None else end_known
+        return self.slurm.submit(self.script(known), "--cpus-per-task=2", *options)
 
-    def script(self) -> str:
+    def script(self, end_known: bool) -> str:
         command = (
             f"{sys.executable} -m dask worker {self.head.address} --nthreads 2 "
             f"--{'' if self.nanny else 'no-'}nanny --no-dashboard --memory-limit 0 "
@@ -88,7 +89,7 @@ class Site:
             f"export PYTHONPATH={path} PYTHONUNBUFFERED=1\n"
             "export DASK_LOGGING__DASKSERVE=debug\n"
             f"export DASK_TEMPORARY_DIRECTORY={self.slurm.folder}\n"
-            f"{END_KNOWN if self.end_known else ''}"
+            f"{END_KNOWN if end_known else ''}"
             f"{LAUNCHES[self.launch].format(command=command)}"
         )
 

@@ -1,0 +1,39 @@
+"""A real Slurm ends jobs that serve; no request is lost."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.slurm.cluster import open_slurm
+from tests.slurm.endings import LIMIT_S, Ending, Requeue, Scancel, run
+from tests.slurm.load import loaded
+from tests.slurm.site import open_site
+
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(240)]
+
+
+@pytest.mark.parametrize(
+    ("ending", "nanny"), [(Scancel, True), (Scancel, False), (Requeue, True)]
+)
+def test_one_of_two_jobs_ends(ending: type[Ending], nanny: bool) -> None:
+    load = run(ending, of=2, requests=400, nanny=nanny)
+    assert load.lost == [], load
+
+
+def test_walltime() -> None:
+    """Of three jobs two run out of time, one of which has known when."""
+    with open_slurm() as slurm, open_site(slurm) as site:
+        ends = [site.submit("--time=1", end_known=known) for known in (True, False)]
+        site.submit()
+        site.wait_for_workers(3)
+        site.deploy(3)
+        with loaded(site.load(400)) as load:
+            for job in ends:
+                site.submit(f"--dependency=afterany:{job}")
+            slurm.wait("TIMEOUT", *ends, timeout=LIMIT_S)
+            site.wait_for_workers(3)
+            site.wait_for_replicas(3)
+            time.sleep(2)
+        assert load.lost == [], f"{load}\n{site.logs()}"
