@@ -112,7 +112,7 @@ class Slurm:
         self._update(nodes, "State=DRAIN", "Reason=test")
 
     def down(self, *nodes: str) -> None:
-        """Give nodes up, as if they had failed: what runs there is killed at once."""
+        """Give nodes up; those that answer take part again soon."""
         self._update(nodes, "State=DOWN", "Reason=test")
 
     def _update(self, nodes: tuple[str, ...], *changes: str) -> None:

@@ -134,7 +134,7 @@ class Signal(Ending):
 
 
 class Down(Ending):
-    """The nodes are set down: no signal, the jobs are killed and requeued."""
+    """The nodes are set down, so that their jobs are given up and requeued."""
 
     def run(self) -> None:
         # They come back by themselves when they are next heard of.

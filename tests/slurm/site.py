@@ -76,7 +76,7 @@ class Site:
     def submit(self, *options: str, end_known: bool | None = None) -> int:
         """Submit a job with one worker; return its number."""
         known = self.end_known if end_known is None else end_known
-        return self.slurm.submit(self.script(known), "--cpus-per-task=2", *options)
+        return self.slurm.submit(self.script(known), *options)
 
     def script(self, end_known: bool) -> str:
         command = (
