@@ -18,7 +18,7 @@ from tests.utils import ROOT, ProcessCluster, poll
 
 #: How the batch script runs `dask worker`. Where bash waits for it, a signal for the
 #: whole job ends bash, and Slurm then kills what is left of the script at once.
-Launch = Literal["plain", "exec", "trap", "srun"]
+Launch = Literal["plain", "exec", "trap", "srun", "srun-wait"]
 LAUNCHES: dict[str, str] = {
     "plain": "{command}",
     "exec": "exec {command}",
@@ -26,6 +26,7 @@ LAUNCHES: dict[str, str] = {
     "trap 'kill -TERM $worker' TERM\n"
     "while kill -0 $worker 2>/dev/null; do wait $worker; done",
     "srun": "exec srun {command}",
+    "srun-wait": "srun {command} &\nwait",
 }
 #: What newer versions of Slurm export by themselves.
 END_KNOWN = (
