@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.slurm.cluster import open_slurm
+from tests.slurm.cluster import Track, open_slurm
 from tests.slurm.endings import LIMIT_S, Ending, Requeue, Scancel, run
 from tests.slurm.load import loaded
 from tests.slurm.site import open_site
@@ -15,10 +15,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(240)]
 
 
 @pytest.mark.parametrize(
-    ("ending", "nanny"), [(Scancel, True), (Scancel, False), (Requeue, True)]
+    ("ending", "nanny", "track"),
+    [
+        (Scancel, True, "pgid"),
+        (Scancel, True, "cgroup"),
+        (Scancel, False, "pgid"),
+        (Requeue, True, "pgid"),
+    ],
 )
-def test_one_of_two_jobs_ends(ending: type[Ending], nanny: bool) -> None:
-    load = run(ending, of=2, requests=400, nanny=nanny)
+def test_one_of_two_jobs_ends(ending: type[Ending], nanny: bool, track: Track) -> None:
+    load = run(ending, of=2, requests=400, nanny=nanny, track=track)
     assert load.lost == [], load
 
 

@@ -15,12 +15,19 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Literal
+
+import pytest
 
 from tests.hosts import Host, need_hosts, open_hosts
 from tests.utils import Process, free_port, need_program, poll
 
 #: Seconds from SIGTERM to SIGKILL: Slurm's own default.
 KILL_WAIT_S = 30
+#: How Slurm knows the processes of a script or a step; what outlives it is killed. With
+#: "pgid" all get its signals, with "cgroup", as on most clusters, only the first one.
+Track = Literal["pgid", "cgroup"]
+FREEZER = Path("/sys/fs/cgroup/freezer")
 #: CPUs that each node says it has.
 CPUS = 4
 CONF = """
@@ -38,8 +45,7 @@ SlurmdPidFile={folder}/%n.pid
 MailProg=/bin/true
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
-# Signals go to all processes of a script or step, and what outlives it is killed.
-ProctrackType=proctrack/pgid
+ProctrackType=proctrack/{track}
 TaskPlugin=task/none
 SelectType=select/cons_tres
 # Jobs spread over the nodes.
@@ -143,10 +149,16 @@ def need_slurm() -> None:
 
 @contextmanager
 def open_slurm(
-    count: int = 3, *, kill_wait_s: int = KILL_WAIT_S, requeue_s: int = 5
+    count: int = 3,
+    *,
+    track: Track = "pgid",
+    kill_wait_s: int = KILL_WAIT_S,
+    requeue_s: int = 5,
 ) -> Iterator[Slurm]:
     """Run a Slurm with nodes n1, n2, ...; skip where that cannot be."""
     need_slurm()
+    if track == "cgroup" and not FREEZER.is_dir():
+        pytest.skip(f"there is no {FREEZER}")
     with ExitStack() as stack:
         name = stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm-"))
         folder = Path(name)
@@ -160,6 +172,7 @@ def open_slurm(
             address=address,
             port=free_port(),
             folder=folder,
+            track=track,
             kill_wait_s=kill_wait_s,
             requeue_s=requeue_s,
         )
@@ -168,17 +181,24 @@ def open_slurm(
             for name, host in nodes.items()
         )
         (folder / "slurm.conf").write_text(conf)
-        # No use is made of it, but slurmd ends where it cannot tell the version.
-        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        # Even if no use is made of it, slurmd ends where it cannot tell the version.
+        text = f"CgroupPlugin=cgroup/v1\nCgroupMountpoint={folder}/cgroup\n"
+        (folder / "cgroup.conf").write_text(text)
+        (folder / "cgroup" / "freezer").mkdir(parents=True)
+        (folder / "all").mkdir()
         for name in ("state", *(f"spool-{name}" for name in nodes)):
             (folder / name).mkdir()
         for host in hosts:
             stack.enter_context(_names(host, nodes))
+            if track == "cgroup":
+                stack.callback(_remove_groups, FREEZER / host.name)
         stack.callback(_kill_all, hosts)
         _start(stack, folder, "munged", *_munged(folder))
         _start(stack, folder, "slurmctld", "slurmctld", "-D", "-i")
         for name, host in nodes.items():
             command = f"hostname {name} && exec slurmd -D"
+            if track == "cgroup":
+                command = f"{_group(folder, host)} && {command}"
             _start(stack, folder, name,
                    *host.command("unshare", "--uts", "sh", "-c", command))  # fmt: skip
         try:
@@ -202,6 +222,20 @@ def _start(stack: ExitStack, folder: Path, name: str, *command: str) -> None:
     env = {"SLURM_CONF": str(folder / "slurm.conf")}
     process = Process(name, command, folder / f"{name}.log", env, folder)
     stack.callback(process.end_group)
+
+
+def _group(folder: Path, host: Host) -> str:
+    """Return the command that gives a host control groups of its own."""
+    return (
+        f"mount -t cgroup -o freezer freezer {folder}/all && "
+        f"mkdir {folder}/all/{host.name} && "
+        f"mount --bind {folder}/all/{host.name} {folder}/cgroup/freezer"
+    )
+
+
+def _remove_groups(group: Path) -> None:
+    for folder, _, _ in os.walk(group, topdown=False):
+        os.rmdir(folder)
 
 
 def _idle(slurm: Slurm) -> int:

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import get_args
 
-from tests.slurm.cluster import open_slurm
+from tests.slurm.cluster import Track, open_slurm
 from tests.slurm.load import Load, loaded
 from tests.slurm.site import LAUNCHES, Site, open_site
 from tests.utils import poll
@@ -155,6 +156,7 @@ def run(
     of: int = JOBS,
     pause_s: float = 0,
     requests: int = 600,
+    track: Track = "pgid",
     log: Callable[[str], object] = lambda text: None,
     **options: object,
 ) -> Load:
@@ -172,12 +174,14 @@ def run(
         See `Ending`.
     requests
         How many there are at least.
+    track
+        See `open_slurm`.
     log
         Takes what all processes have printed.
     **options
         Of the `Site`.
     """
-    with open_slurm() as slurm, open_site(slurm, **options) as site:
+    with open_slurm(track=track) as slurm, open_site(slurm, **options) as site:
         try:
             jobs = [site.submit(*ending.options) for _ in range(count)]
             stays = [site.submit() for _ in range(of - count)]
@@ -206,6 +210,7 @@ def main() -> int:
     parser.add_argument("--launch", default="exec", choices=LAUNCHES)
     parser.add_argument("--no-nanny", dest="nanny", action="store_false")
     parser.add_argument("--end-known", action="store_true", help="jobs know their end")
+    parser.add_argument("--track", default="pgid", choices=get_args(Track))
     parser.add_argument("--logs", type=Path, help="a file for the logs")
     parser.add_argument("--lost", action="store_true", help="show each lost request")
     args = parser.parse_args()
@@ -217,6 +222,7 @@ def main() -> int:
     for name in ENDINGS if args.name == "all" else [args.name]:
         parts = [f"{name}, {args.jobs} of {JOBS}", args.location, args.launch]
         parts += ["nanny" if args.nanny else "no nanny"]
+        parts += [args.track]
         parts += [f"pause {args.pause:g} s"] * bool(args.pause)
         parts += ["end known"] * args.end_known
         with redirect_stdout(sys.stderr):
@@ -225,6 +231,7 @@ def main() -> int:
                 count=args.jobs,
                 pause_s=args.pause,
                 requests=args.requests,
+                track=args.track,
                 log=args.logs.write_text if args.logs else lambda text: None,
                 location=args.location,
                 launch=args.launch,
