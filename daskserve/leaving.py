@@ -39,6 +39,7 @@ CLOSING_SHARE, CLOSING_S = 0.3, 2.0
 #: So long before it is killed, a worker says how long its requests take: in seconds,
 #: and as a part of its time at most.
 LAST_WORDS_S, LAST_WORDS_SHARE = 25.0, 0.2
+DAY_S = 86400
 #: Ends that are closer to each other, in seconds, are the same.
 SAME_S = 5.0
 #: A batch system is asked again after this part of what is left, within limits: time
@@ -245,7 +246,8 @@ class Farewell:
 
 
 def _clock(end: JobEnd) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(end.at))
+    date = "%Y-%m-%d " if end.at - time.time() > DAY_S else ""
+    return time.strftime(f"{date}%H:%M:%S", time.localtime(end.at))
 
 
 def _differ(one: JobEnd | None, other: JobEnd | None) -> bool:
