@@ -322,6 +322,47 @@ def test_all_leave_and_the_last_one_waits() -> None:
     assert rig.on(4) == again
 
 
+def test_all_are_killed_together_and_stay() -> None:
+    rig = Leavers(3)
+    ids = rig.healthy(num_replicas=3)
+    needs_s = dict.fromkeys(ids, 2.0)
+    assert started(rig.away(1, 2, after=40, killed=True, needs_s=needs_s)) != []
+    rig = Leavers(3)
+    ids = rig.healthy(num_replicas=3)
+    needs_s = dict.fromkeys(ids, 2.0)
+    assert rig.away(1, 2, 3, after=40, killed=True, needs_s=needs_s) == []
+    assert sorted(rig.routed()) == ids
+    reasons = {rig.replica(n)["reason"] for n in ids}
+    assert all("no other worker will do" in reason for reason in reasons)
+    # Until what is in progress can just end; then there is nowhere to go either.
+    assert stops(rig.wait(37.9)) == []
+    assert sorted(rig.routed()) == ids
+    assert sorted(stops(rig.wait(0.2))) == ids
+
+
+@pytest.mark.parametrize(("later_s", "moves"), [(62, True), (20, False)])
+def test_one_that_is_killed_much_later_is_worth_moving_to(
+    later_s: float, moves: bool
+) -> None:
+    rig = Leavers(2)
+    rig.healthy(num_replicas=2)
+    for number, after in (1, 28), (2, 28 + later_s):
+        why = replace(RETIRED, since=rig.now, deadline=rig.now + after, killed=True)
+        old = rig.views[address(number)]
+        rig.views[address(number)] = replace(old, leaving=why)
+    new = started(rig.reconcile())
+    assert len(new) == moves
+    assert set(new) <= set(rig.on(2))
+
+
+def test_replicas_prefer_jobs_that_last() -> None:
+    rig = Leavers(3)
+    for number, lasts in (1, 0), (2, 5), (3, 3):
+        rig.views[address(number)] = replace(view(number), lasts=lasts)
+    rig.healthy(num_replicas=1)
+    assert rig.on(2) != []
+
+
 def test_a_constructor_that_fails_meanwhile_waits_for_its_next_try() -> None:
     rig = Leavers(2)
     (old,) = rig.healthy(num_replicas=1)
