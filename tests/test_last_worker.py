@@ -17,7 +17,7 @@ import pytest
 import daskserve as serve
 from tests.utils import ProcessCluster, poll
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 #: What batch systems leave, as far as daskserve knows it here.
 WAIT_S = 10.0

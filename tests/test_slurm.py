@@ -11,16 +11,16 @@ from tests.slurm.endings import LIMIT_S, Ending, Requeue, Scancel, run
 from tests.slurm.load import loaded
 from tests.slurm.site import open_site
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.mark.parametrize(
     ("ending", "nanny", "track"),
     [
-        (Scancel, True, "pgid"),
-        (Scancel, True, "cgroup"),
-        (Scancel, False, "pgid"),
-        (Requeue, True, "pgid"),
+        pytest.param(Scancel, True, "pgid", marks=pytest.mark.long),
+        pytest.param(Scancel, True, "cgroup", marks=pytest.mark.by_hand),
+        pytest.param(Scancel, False, "pgid", marks=pytest.mark.by_hand),
+        pytest.param(Requeue, True, "pgid", marks=pytest.mark.long),
     ],
 )
 def test_one_of_two_jobs_ends(ending: type[Ending], nanny: bool, track: Track) -> None:
@@ -28,6 +28,14 @@ def test_one_of_two_jobs_ends(ending: type[Ending], nanny: bool, track: Track) -
     assert load.lost == [], load
 
 
+@pytest.mark.by_hand
+@pytest.mark.parametrize("location", ["HeadOnly", "EveryNode"])
+def test_all_jobs_end_at_once(location: str) -> None:
+    load = run(Scancel, count=3, location=location)
+    assert load.lost == [], load
+
+
+@pytest.mark.by_hand
 def test_walltime() -> None:
     """Of three jobs two run out of time, one of which has known when."""
     with open_slurm() as slurm, open_site(slurm) as site:
