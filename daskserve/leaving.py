@@ -29,6 +29,7 @@ from daskserve.batch import (
     kill_wait_s,
 )
 from daskserve.config import Settings
+from daskserve.nanny import REPEATED_S
 from daskserve.transport.messages import OP_LEAVE
 
 logger = logging.getLogger(__name__)
@@ -86,8 +87,8 @@ class Farewell:
         self._asking: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._signals: dict[int, Any] = {}
-        #: Whether a signal came.
-        self._signalled = False
+        #: When a signal came first; None if none did.
+        self._signalled_at: float | None = None
 
     @property
     def ends_in_s(self) -> tuple[float, float, str] | None:
@@ -179,7 +180,7 @@ class Farewell:
         assert self.end is not None
         reason = f"ends with its job at {_clock(self.end)}"
         left_s = self.end.killed_at - time.time() - CLOSING_S
-        if not self._signalled and left_s > 0:
+        if self._signalled_at is None and left_s > 0:
             self._spawn(self._ask(reason, left_s))
 
     async def _ask_for_end(self) -> None:
@@ -213,11 +214,12 @@ class Farewell:
     def _on_signal(self, signum: int, frame: Any) -> None:
         # Nothing may be logged here, see `distributed._signals`.
         loop = self._worker.loop.asyncio_loop  # type: ignore[attr-defined]
-        if self._signalled:  # again: whoever sends it is in a hurry
-            self._pass_on(signum)
-        else:
-            self._signalled = True
+        now = time.monotonic()
+        if self._signalled_at is None:
+            self._signalled_at = now
             loop.call_soon_threadsafe(self._spawn_leaving, signum)
+        elif now > self._signalled_at + REPEATED_S:
+            self._pass_on(signum)  # whoever sends it again is in a hurry
 
     def _spawn_leaving(self, signum: int) -> None:
         self._spawn(self._leave_and_pass_on(signum))
