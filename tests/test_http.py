@@ -77,7 +77,9 @@ class Site:
     @property
     def far(self) -> str:
         """The address of another worker."""
-        workers = self.client.scheduler_info(n_workers=-1)["workers"]
+        # Not by `scheduler_info`: the client renews that beside us, without workers.
+        scheduler: Any = self.client.scheduler
+        workers = self.client.sync(scheduler.identity, n_workers=-1)["workers"]
         return sorted(set(workers) - {self.near})[0]
 
     def place(self, where: str) -> dict[str, Any]:
