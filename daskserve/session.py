@@ -320,7 +320,7 @@ class ClientSession(Session):
         def take_queued(queued: dict[str, int]) -> None:
             dispatcher = dispatcher_ref()
             if dispatcher is not None:
-                thread.call_soon(dispatcher.queues.take_totals, queued)
+                thread.call_soon(dispatcher.queues.take_elsewhere, queued)
 
         def send(message: dict[str, Any]) -> None:
             client = client_ref()

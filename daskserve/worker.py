@@ -164,7 +164,7 @@ class ServeWorkerPlugin(WorkerPlugin):
     @never_raises
     def _take_queued(self, queued: dict[str, int]) -> None:
         assert self._thread is not None and self.session is not None
-        self._thread.call_soon(self.session.dispatcher.queues.take_totals, queued)
+        self._thread.call_soon(self.session.dispatcher.queues.take_elsewhere, queued)
 
     def _report_queued(self, queued: dict[str, int]) -> None:
         self._send({"op": STREAM_QUEUED, "queued": queued})

@@ -25,6 +25,9 @@ def test_board_adds_up_and_speaks_when_there_is_news() -> None:
     board.report("a", {"D": 2, "E": 1})
     board.report("b", {"D": 3})
     assert board.due(1.0) == {"D": 5, "E": 1}
+    assert board.elsewhere("a") == {"D": 3}
+    assert board.elsewhere("b") == {"D": 2, "E": 1}
+    assert board.elsewhere("c") == {"D": 5, "E": 1}
     assert board.due(1.1) is None
     board.report("a", {"D": 2})
     assert board.due(1.2) == {"D": 5}
@@ -86,11 +89,14 @@ def test_process_knows_of_the_others() -> None:
         process.waiting = {"D": 2}
         process.reports.changed()
         await process.wait_for_reports(1)
-        process.reports.take_totals({"D": 7, "E": 1})
+        process.reports.take_elsewhere({"D": 5, "E": 1})
         assert process.reports.elsewhere("D") == 5
         assert process.reports.elsewhere("E") == 1
         assert process.reports.elsewhere("F") == 0
-        process.reports.take_totals({"D": 1})  # of before our report
+        process.waiting = {"D": 9}  # whatever waits here by now
+        await process.wait_for_reports(2)
+        assert process.reports.elsewhere("D") == 5
+        process.reports.take_elsewhere({})
         assert process.reports.elsewhere("D") == 0
 
     asyncio.run(check())
@@ -99,7 +105,7 @@ def test_process_knows_of_the_others() -> None:
 def test_process_forgets_what_it_does_not_hear_any_more() -> None:
     async def check() -> None:
         process = Process()
-        process.reports.take_totals({"D": 7})
+        process.reports.take_elsewhere({"D": 7})
         assert process.reports.elsewhere("D") == 7
         valid = process.reports._valid_until
         process.reports._loop = FakeClock(valid + 0.1)  # type: ignore[assignment]

@@ -110,8 +110,8 @@ class HeadProxy:
         self._thread.call_soon(self._dispatcher.worker_lost, address, replicas)
 
     def take_queued(self, queued: dict[str, int]) -> None:
-        """Note how many requests wait in all processes."""
-        self._thread.call_soon(self._dispatcher.queues.take_totals, queued)
+        """Note how many requests wait in other processes."""
+        self._thread.call_soon(self._dispatcher.queues.take_elsewhere, queued)
 
     async def close(self, drain_s: float) -> None:
         """Stop the server and its thread."""

@@ -37,7 +37,7 @@ class LocalSubscriber(Protocol):
         """Note that a worker has gone, or some of its replicas."""
 
     def take_queued(self, queued: dict[str, int]) -> None:
-        """Note how many requests wait in all processes."""
+        """Note how many requests wait in other processes."""
 
 
 class Publisher:
@@ -165,10 +165,10 @@ class Publisher:
 
     def publish_queues(self, now: float) -> None:
         """Tell everybody how many requests wait, if that is news."""
-        queued = self.queues.due(now)
-        if queued is None:
+        if self.queues.due(now) is None:
             return
         for subscriber in list(self._acked):
+            queued = self.queues.elsewhere(subscriber)
             if subscriber == LOCAL:
                 assert self._local is not None
                 self._local.take_queued(queued)

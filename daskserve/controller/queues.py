@@ -36,6 +36,15 @@ class QueueBoard:
             totals.update(queued)
         return dict(totals)
 
+    def elsewhere(self, subscriber: str) -> dict[str, int]:
+        """Return how many wait in other processes than one, without the zeros.
+
+        Only here is it known which of its reports the totals have.
+        """
+        own = self._reports.get(subscriber, {})
+        others = {name: n - own.get(name, 0) for name, n in self._sent.items()}
+        return {name: n for name, n in others.items() if n > 0}
+
     def due(self, now: float) -> dict[str, int] | None:
         """Return the totals if all processes are to be told, else None."""
         totals = self.totals()

@@ -1,7 +1,7 @@
 """How many requests wait for a deployment: here, and in all other processes.
 
 Runs on a process's transport loop. Each process tells the controller how many wait in
-it, some times a second while any do, and is told the sum of all; so
+it, some times a second while any do, and is told the sum of all others; so
 ``max_queued_requests`` counts over all proxies and handles, if a little late.
 """
 
@@ -51,14 +51,9 @@ class QueueReports:
             self._armed = True
             self._loop.call_later(REPORT_S, self._report)
 
-    def take_totals(self, totals: Mapping[str, int]) -> None:
-        """Note how many wait in all processes, this one included."""
-        own = self._reported
-        self._elsewhere = {
-            name: total - own.get(name, 0)
-            for name, total in totals.items()
-            if total > own.get(name, 0)
-        }
+    def take_elsewhere(self, queued: Mapping[str, int]) -> None:
+        """Note how many wait in all other processes."""
+        self._elsewhere = dict(queued)
         self._valid_until = self._loop.time() + VALID_S
 
     def _report(self) -> None:
