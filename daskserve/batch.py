@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -203,11 +204,19 @@ def ask_for_end(
 
 def end_by_lifetime(worker: Worker) -> JobEnd | None:
     """Return when a worker closes by ``--lifetime``, unless it is started anew."""
-    lifetime_s = getattr(worker, "lifetime", None)
-    if not lifetime_s or worker.lifetime_restart:
+    # It counts from the worker's start: that of its process, if it has one of its own.
+    own = worker.nanny or threading.current_thread() is threading.main_thread()
+    if not worker.lifetime or worker.lifetime_restart or not own:
         return None
-    at = time.time() + lifetime_s
+    at = psutil.Process().create_time() + worker.lifetime
     return JobEnd(at, at + FOR_EVER_S)
+
+
+def earlier(one: JobEnd | None, other: JobEnd | None) -> JobEnd | None:
+    """Return what holds of two ends that a process has; None is none."""
+    if one is None or other is None:
+        return one or other
+    return JobEnd(min(one.at, other.at), min(one.killed_at, other.killed_at))
 
 
 def _end(at: float, settings: Settings, environ: Mapping[str, str]) -> JobEnd:

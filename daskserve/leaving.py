@@ -24,6 +24,7 @@ from daskserve.batch import (
     JobEnd,
     ask_for_end,
     batch_system,
+    earlier,
     end_by_environment,
     end_by_lifetime,
     kill_wait_s,
@@ -70,10 +71,9 @@ class Farewell:
         needs_s: Callable[[], dict[int, float]],
         tell_end: Callable[[], None],
     ) -> None:
+        self._lifetime = end_by_lifetime(worker)
         #: When the worker's job ends; None if that is not known.
-        self.end: JobEnd | None = end_by_environment(settings) or end_by_lifetime(
-            worker
-        )
+        self.end = earlier(end_by_environment(settings), self._lifetime)
         self._since = time.time()
         self._worker = worker
         self._settings = settings
@@ -187,10 +187,11 @@ class Farewell:
         """Ask the batch system, again and again."""
         while True:
             try:
-                end = await asyncio.to_thread(ask_for_end, self._settings)
+                asked = await asyncio.to_thread(ask_for_end, self._settings)
             except (OSError, ValueError) as err:
                 logger.info("When this job ends is not known: %s", err)
                 return
+            end = earlier(asked, self._lifetime)
             if _differ(self.end, end):
                 self.end = end
                 self._tell_end()

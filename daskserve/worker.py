@@ -144,6 +144,8 @@ class ServeWorkerPlugin(WorkerPlugin):
     def _take_routes(
         self, version: int, snapshot: dict[str, Any], base: int | None = None
     ) -> None:
+        if self._closed:
+            return
         assert self._thread is not None and self.session is not None
         dispatcher = self.session.dispatcher
 

@@ -17,7 +17,13 @@ import pytest
 from distributed import Client, LocalCluster
 
 import daskserve as serve
-from daskserve.batch import JobEnd, ask_for_end, end_by_environment, kill_wait_s
+from daskserve.batch import (
+    JobEnd,
+    ask_for_end,
+    earlier,
+    end_by_environment,
+    kill_wait_s,
+)
 from daskserve.config import Settings
 from daskserve.controller import leaving
 from daskserve.controller.actions import StopReplica
@@ -534,6 +540,13 @@ def test_batch_systems_that_tell_the_limit(
     end = ask_for_end(Settings.load(), {job: str(tmp_path / "ad")})
     assert end is not None
     assert time.time() < end.at <= time.time() + 864000
+
+
+def test_the_earlier_end_holds() -> None:
+    lifetime, job = JobEnd(900, 90000), JobEnd(1000, 1028)
+    assert earlier(lifetime, job) == earlier(job, lifetime) == JobEnd(900, 1028)
+    assert earlier(None, job) == earlier(job, None) == job
+    assert earlier(None, None) is None
 
 
 def test_a_job_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
