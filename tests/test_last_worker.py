@@ -17,7 +17,7 @@ import pytest
 import daskserve as serve
 from tests.utils import ProcessCluster, poll
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.slow
 
 #: What batch systems leave, as far as daskserve knows it here.
 WAIT_S = 10.0
@@ -97,7 +97,14 @@ def running() -> int:
     return states.count("RUNNING")
 
 
-@pytest.mark.parametrize("whom", ["nanny", "both", "worker without nanny"])
+@pytest.mark.parametrize(
+    "whom",
+    [
+        pytest.param("both", marks=pytest.mark.long),
+        pytest.param("nanny", marks=pytest.mark.by_hand),
+        pytest.param("worker without nanny", marks=pytest.mark.by_hand),
+    ],
+)
 def test_signal(whom: str) -> None:
     """SIGTERM, as batch systems send it: to all processes of the job at once."""
     nanny = whom != "worker without nanny"
@@ -123,6 +130,7 @@ def test_signal(whom: str) -> None:
             poll(lambda: pids() - {served}, 20)
 
 
+@pytest.mark.long
 def test_known_end() -> None:
     """It serves on while requests can end in time, and no longer."""
     with ProcessCluster(0) as cluster, cluster.client():
@@ -141,6 +149,7 @@ def test_known_end() -> None:
             poll(lambda: pids() - {served}, 20)
 
 
+@pytest.mark.by_hand
 def test_jobs_that_end_together_do_not_pile_up() -> None:
     """Replicas stay where they are if all end, and go on in the jobs after these."""
     env = {"DASK_DASKSERVE__WORKER__SIGNAL_TIMEOUT": f"{WAIT_S}s"}

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
         pytest.param(Scancel, True, "pgid", marks=pytest.mark.long),
         pytest.param(Scancel, True, "cgroup", marks=pytest.mark.by_hand),
         pytest.param(Scancel, False, "pgid", marks=pytest.mark.by_hand),
-        pytest.param(Requeue, True, "pgid", marks=pytest.mark.long),
+        pytest.param(Requeue, True, "pgid", marks=pytest.mark.by_hand),
     ],
 )
 def test_one_of_two_jobs_ends(ending: type[Ending], nanny: bool, track: Track) -> None:
