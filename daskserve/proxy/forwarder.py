@@ -26,7 +26,7 @@ from daskserve.proxy.request import (
     respond,
 )
 from daskserve.proxy.routes import RouteTable
-from daskserve.proxy.turns import has_time, turn
+from daskserve.proxy.turns import may_write, turn
 from daskserve.proxy.websocket import WebSocketRelay
 from daskserve.proxy.windows import Windows
 from daskserve.transport.call import Call
@@ -348,8 +348,9 @@ class Forwarder:
                 assert message[0] == ERROR and message[2] in (CUT, STOPPED)
                 raise CutError(message[4])
             _, _, data, more_body = message
-            if len(data) >= LARGE_BYTES and not has_time(self._dispatcher.loop):
-                await turn(self._dispatcher.loop)
+            size, loop = len(data), self._dispatcher.loop
+            if size >= LARGE_BYTES and not may_write(loop, size):
+                await turn(loop)
             await send(
                 {"type": "http.response.body", "body": data, "more_body": more_body}
             )

@@ -13,13 +13,16 @@ from weakref import WeakKeyDictionary
 #: How long turns take, all those of one round of the loop together.
 TURNS_S = 0.004
 
+#: And how much is written in large pieces in one round, without a turn.
+ROUND_BYTES = 128 * 1024
+
 #: Does a part, until that time if it can; returns whether there is more to do.
 Work = Callable[[float], bool] | asyncio.Future[None]
 
 _waiting: WeakKeyDictionary[asyncio.AbstractEventLoop, deque[Work]]
 _waiting = WeakKeyDictionary()
-#: When it was first asked in this round whether there is time.
-_rounds: WeakKeyDictionary[asyncio.AbstractEventLoop, float] = WeakKeyDictionary()
+#: How much large pieces are together that were written in this round.
+_written: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
 
 
 def wait_for_turn(loop: asyncio.AbstractEventLoop, work: Work) -> None:
@@ -31,14 +34,19 @@ def wait_for_turn(loop: asyncio.AbstractEventLoop, work: Work) -> None:
     queue.append(work)
 
 
-def has_time(loop: asyncio.AbstractEventLoop) -> bool:
-    """Whether this round of the loop, since this was first asked, was a short one."""
-    began = _rounds.get(loop)
-    if began is None:
-        _rounds[loop] = loop.time()
-        loop.call_soon(_rounds.pop, loop, None)  # in the next round
-        return True
-    return loop.time() - began < TURNS_S
+def may_write(loop: asyncio.AbstractEventLoop, size: int) -> bool:
+    """Whether so many bytes may be written in this round of the loop.
+
+    That is not by time, for loops write at the end of a round.
+    """
+    written = _written.get(loop)
+    if written is None:
+        loop.call_soon(_written.pop, loop, None)  # in the next round
+        written = 0
+    elif written >= ROUND_BYTES:
+        return False
+    _written[loop] = written + size
+    return True
 
 
 def anyone_waits(loop: asyncio.AbstractEventLoop) -> bool:
