@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 Handler = Callable[..., Coroutine[Any, Any, dict[str, Any]]]
 
 NAME, NANNY_NAME = "daskserve", "daskserve-nanny"
+#: How long nannies may take to load our plugin.
+NANNIES_S = 30.0
 
 
 def _answers(function: Callable[..., Coroutine[Any, Any, Any]]) -> Handler:
@@ -295,10 +297,13 @@ class ServeController(SchedulerPlugin):
     async def _reach_nannies(self, plugin: bytes) -> None:
         """Have our part in nannies, now and later; nobody waits for that."""
         assert self._scheduler is not None
+        scheduler = self._scheduler
+        # Not by `register_nanny_plugin`: while one nanny hangs, no other could come.
+        scheduler.nanny_plugins[NANNY_NAME] = plugin
+        message = {"op": "plugin_add", "plugin": plugin, "name": NANNY_NAME}
         try:
-            await self._scheduler.register_nanny_plugin(
-                comm=None, plugin=plugin, name=NANNY_NAME, idempotent=True
-            )
+            async with asyncio.timeout(NANNIES_S):
+                await scheduler.broadcast(msg=message, nanny=True, on_error="ignore")
         except Exception as err:  # they may be where the scheduler does not reach
             logger.info("Some nanny has no part of ours: %r", err)
 
