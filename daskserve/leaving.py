@@ -20,7 +20,8 @@ from typing import Any
 from distributed import Worker
 from distributed.core import Status
 
-from daskserve.batch import (
+from daskserve.config import Settings
+from daskserve.job_end import (
     JobEnd,
     ask_for_end,
     batch_system,
@@ -29,7 +30,6 @@ from daskserve.batch import (
     end_by_lifetime,
     kill_wait_s,
 )
-from daskserve.config import Settings
 from daskserve.nanny import REPEATED_S
 from daskserve.transport.messages import OP_LEAVE
 
@@ -38,15 +38,17 @@ logger = logging.getLogger(__name__)
 #: Of the time that a worker has for closing, what it keeps for that itself: so much of
 #: it, and so many seconds at most.
 CLOSING_SHARE, CLOSING_S = 0.3, 2.0
-#: So long before it is killed, a worker says how long its requests take: in seconds,
-#: and as a part of its time at most.
-LAST_WORDS_S, LAST_WORDS_SHARE = 25.0, 0.2
+#: For so long before it is killed, a worker says how long its requests take: in
+#: seconds, and as a part of its time at most; and how often.
+NEAR_S, NEAR_SHARE, TELL_S = 180.0, 0.5, 3.0
 DAY_S = 86400
 #: Ends that are closer to each other, in seconds, are the same.
 SAME_S = 5.0
 #: A batch system is asked again after this part of what is left, within limits: time
 #: limits change, and a thousand workers ask.
 ASK_AFTER, ASK_S = 0.25, (30.0, 300.0)
+#: When it is asked first, by then at the latest.
+ASK_FIRST_S = 3.0
 
 
 class Farewell:
@@ -61,7 +63,7 @@ class Farewell:
     needs_s
         Returns how long what each replica has in progress may take, by its number.
     tell_end
-        Tells the controller of an `end` that is news; on the worker's loop.
+        Tells the controller of `end`; on the worker's loop.
     """
 
     def __init__(
@@ -90,19 +92,23 @@ class Farewell:
         #: When a signal came first; None if none did.
         self._signalled_at: float | None = None
 
-    @property
-    def ends_in_s(self) -> tuple[float, float, str] | None:
-        """Seconds until the job ends, and until it is killed, and when that is."""
+    def ending(self) -> dict[str, Any] | None:
+        """Return what the controller is told of the end; None: there is none."""
         if self.end is None:
             return None
         now = time.time()
-        return self.end.at - now, self.end.killed_at - now, _clock(self.end)
+        return {
+            "in_s": self.end.at - now,
+            "killed_in_s": self.end.killed_at - now,
+            "clock": _clock(self.end),
+            "needs_s": self._needs_s(),
+        }
 
     def install(self) -> None:
         """Begin to listen for ends; on the worker's loop."""
         worker = self._worker
         worker.close = self.close  # type: ignore[method-assign]
-        self._plan_last_words()
+        self._plan_to_tell()
         if self._settings.ends_at is None and batch_system() is not None:
             self._asking = self._spawn(self._ask_for_end())
         if threading.current_thread() is threading.main_thread():
@@ -163,42 +169,50 @@ class Farewell:
 
     # The end of a batch job.
 
-    def _plan_last_words(self) -> None:
-        """Say how long requests take, soon before the end: there may be no signal."""
+    def _plan_to_tell(self) -> None:
+        """Tell of the end again when it is near: what is in progress matters then."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self.end is not None:
             logger.info("This worker's job ends at %s", _clock(self.end))
-            killed_at = self.end.killed_at
-            before_s = min(LAST_WORDS_S, LAST_WORDS_SHARE * (killed_at - self._since))
-            wait_s = max(0.0, killed_at - before_s - time.time())
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(wait_s, self._say_last_words)
+            at, now = self.end.killed_at, time.time()
+            near_s = min(NEAR_S, NEAR_SHARE * (at - self._since))
+            self._timer = self._later(max(0.0, at - near_s - now), self._tell_often)
 
-    def _say_last_words(self) -> None:
-        assert self.end is not None
-        reason = f"ends with its job at {_clock(self.end)}"
-        left_s = self.end.killed_at - time.time() - CLOSING_S
-        if self._signalled_at is None and left_s > 0:
-            self._spawn(self._ask(reason, left_s))
+    def _tell_often(self) -> None:
+        self._tell_end()
+        self._timer = self._later(TELL_S, self._tell_often)
+
+    def _later(self, delay_s: float, function: Callable[[], None]) -> Any:
+        return asyncio.get_running_loop().call_later(delay_s, function)
 
     async def _ask_for_end(self) -> None:
         """Ask the batch system, again and again."""
+        wait_s = ASK_FIRST_S  # others may have started with this one
+        answered = True
         while True:
+            await asyncio.sleep(wait_s * random.uniform(0.8, 1.0))
+            wait_s = ASK_S[1]
             try:
-                asked = await asyncio.to_thread(ask_for_end, self._settings)
-            except (OSError, ValueError) as err:
-                logger.info("When this job ends is not known: %s", err)
+                asked = await ask_for_end(self._settings)
+            except FileNotFoundError as err:
+                logger.info("When this job ends cannot be asked here: %s", err)
                 return
+            except Exception as err:  # it is busy, or what it says is not understood
+                level = logging.WARNING if answered else logging.DEBUG
+                logger.log(level, "When this job ends is not known now: %r", err)
+                answered = False
+                continue
+            answered = True
             end = earlier(asked, self._lifetime)
             if _differ(self.end, end):
                 self.end = end
                 self._tell_end()
-                self._plan_last_words()
-            left_s = ASK_S[1] / ASK_AFTER if end is None else end.at - time.time()
-            wait_s = min(max(left_s * ASK_AFTER, ASK_S[0]), ASK_S[1])
-            await asyncio.sleep(wait_s * random.uniform(0.8, 1.0))
+                self._plan_to_tell()
+            if end is not None:
+                wait_s = (end.at - time.time()) * ASK_AFTER
+                wait_s = min(max(wait_s, ASK_S[0]), ASK_S[1])
 
     # Signals.
 

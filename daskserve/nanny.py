@@ -6,17 +6,20 @@ import asyncio
 import logging
 import signal
 import threading
+import weakref
 from typing import Any
 
 from distributed import Nanny
 from distributed.core import Status
 from distributed.diagnostics.plugin import NannyPlugin
 
-from daskserve.batch import kill_wait_s
 from daskserve.config import Settings
+from daskserve.job_end import kill_wait_s
 
 logger = logging.getLogger(__name__)
 
+#: Those of this process that have our plugin.
+_nannies: weakref.WeakSet[Nanny] = weakref.WeakSet()
 #: What of its time a nanny waits before it kills its worker.
 SHARE = 0.8
 #: A signal that comes again within this time, in seconds, is still the same.
@@ -38,6 +41,7 @@ class ServeNannyPlugin(NannyPlugin):
 
     def setup(self, nanny: Nanny) -> None:
         """Let the nanny wait for longer once it has got a signal."""
+        _nannies.add(nanny)
         self._forgive_repeats()
         kill = nanny.kill
         wait_s = max(1.0, kill_wait_s(Settings.load()) - REPEATED_S)
@@ -71,6 +75,8 @@ class ServeNannyPlugin(NannyPlugin):
         came = False
 
         def pass_on(signum: int) -> None:
+            for nanny in _nannies:  # a worker that ends first is not started anew
+                nanny.close_gracefully(reason=f"signal-{signum}")
             loop.call_later(REPEATED_S, handler, signum, None)
 
         def on_signal(signum: int, frame: Any) -> None:

@@ -36,6 +36,7 @@ from daskserve.transport.messages import (
     OP_UNLISTEN,
     STREAM_ACK,
     STREAM_COMMAND,
+    STREAM_END,
     STREAM_HELLO,
     STREAM_LOAD,
     STREAM_LOST,
@@ -100,7 +101,7 @@ class ServeWorkerPlugin(WorkerPlugin):
         worker.stream_handlers[STREAM_QUEUED] = self._take_queued
         worker.stream_handlers[STREAM_COMMAND] = self._take_command
         self._farewell = Farewell(
-            worker, self.session.settings, self._needs_s, self._say_hello
+            worker, self.session.settings, self._needs_s, self._tell_end
         )
         self._farewell.install()
         self._say_hello()
@@ -132,8 +133,12 @@ class ServeWorkerPlugin(WorkerPlugin):
             self._thread.stop()
 
     def _say_hello(self) -> None:
-        ends_in_s = None if self._farewell is None else self._farewell.ends_in_s
-        self._send({"op": STREAM_HELLO, "ends_in_s": ends_in_s})
+        self._send({"op": STREAM_HELLO})
+        self._tell_end()
+
+    def _tell_end(self) -> None:
+        assert self._farewell is not None
+        self._send({"op": STREAM_END, "ending": self._farewell.ending()})
 
     def _needs_s(self) -> dict[int, float]:
         return {n: runner.needs_s for n, runner in list(self.runners.items())}

@@ -48,7 +48,7 @@ def test_command_with_a_cluster_of_64_workers() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=100,
+        timeout=50,
     )
     assert done.returncode == 0, done.stdout
     assert "ms: nothing to do" in done.stdout and "shut down" in done.stdout

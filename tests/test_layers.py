@@ -34,7 +34,7 @@ LAYERS = [
     "worker",
     "leaving",
     "nanny",
-    "batch",
+    "job_end",
     "session",
     "batching",
     "multiplex",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import threading
@@ -10,20 +11,17 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from distributed import Client, LocalCluster
 
 import daskserve as serve
-from daskserve.batch import (
-    JobEnd,
-    ask_for_end,
-    earlier,
-    end_by_environment,
-    kill_wait_s,
-)
+from daskserve import job_end
+from daskserve import leaving as worker_leaving
 from daskserve.config import Settings
 from daskserve.controller import leaving
 from daskserve.controller.actions import StopReplica
@@ -34,8 +32,16 @@ from daskserve.controller.leaving import (
     addresses_of,
     needed_workers,
 )
-from daskserve.controller.placement import Leaving, WorkerView
+from daskserve.controller.placement import LASTS, Leaving, WorkerView
 from daskserve.controller.proxies import SCHEDULER, desired_proxies
+from daskserve.job_end import (
+    JobEnd,
+    ask_for_end,
+    earlier,
+    end_by_environment,
+    kill_wait_s,
+)
+from daskserve.leaving import Farewell
 from daskserve.proxy import steering
 from tests.test_state import SPEC, Rig, address, started, view
 from tests.utils import ProcessCluster, free_port, poll
@@ -76,21 +82,42 @@ def test_the_earliest_deadline_holds() -> None:
     board.gone("a")
     board.let_be("a", 1000)
     assert board.get("a", 1000) is None
+    # One of its address comes while a call for the one before still waits.
+    board.announce("a", RETIRED)
+    board.let_be("a", 1000)
+    board.let_be("a", 1000)
+    board.sweep(2000, {"a"})
+    assert board.get("a", 2000) is None
+
+
+def test_what_ran_out_counts_no_more() -> None:
+    board = LeaveBoard()
+    board.announce("a", RETIRED)
+    board.let_be("a", 1100)
+    later = replace(RETIRED, since=1101, deadline=1200)
+    board.announce("a", later)
+    assert board.get("a", 1101) == later
+
+
+def ends(
+    board: LeaveBoard, worker: str, in_s: float, killed_in_s: float, now: float
+) -> None:
+    board.ends(worker, in_s=in_s, killed_in_s=killed_in_s, clock="12:00:00", now=now)
 
 
 def test_near_end() -> None:
     board = LeaveBoard()
-    board.ends("a", 5000, 5028, "12:00:00", 0)
-    assert not board.ends_soon("a", 5000 - NEAR_END_S - 1)
-    assert board.ends_soon("a", 5000 - NEAR_END_S)
-    assert not board.ends_soon("b", 5000)
+    ends(board, "a", 5000, 5028, 0)
+    assert board.lasts("a", 5000 - NEAR_END_S - 1) >= 0
+    assert board.lasts("a", 5000 - NEAR_END_S) < 0
+    assert board.lasts("b", 5000) == LASTS
     board.gone("a")
-    assert not board.ends_soon("a", 5000)
+    assert board.lasts("a", 5000) == LASTS
 
 
 def test_a_job_that_ends() -> None:
     board = LeaveBoard(margin_s=60, lead_s=300)
-    board.ends("a", 5000, 5028, "12:00:00", 0)
+    ends(board, "a", 5000, 5028, 0)
     assert board.get("a", 4939) is None
     why = board.get("a", 4940)
     assert why is not None and why.killed and why.deadline == 5028
@@ -105,8 +132,8 @@ def test_a_job_that_ends() -> None:
     assert not board.is_to_be_replaced("b", 1000)
     # Its time limit is raised.
     board.gone("a")
-    board.ends("a", 1000, 1028, "12:00:00", 0)
-    board.ends("a", 8100, 8128, "14:00:00", 900)
+    ends(board, "a", 1000, 1028, 0)
+    ends(board, "a", 8100, 8128, 900)
     assert board.get("a", 990) is None
     assert board.get("a", 8950) is not None
     board.never_ends("a")
@@ -115,7 +142,7 @@ def test_a_job_that_ends() -> None:
 
 def test_short_jobs_serve_for_most_of_their_time() -> None:
     board = LeaveBoard(margin_s=60, lead_s=300)
-    board.ends("a", 80, 108, "12:00:00", 0)
+    ends(board, "a", 80, 108, 0)
     assert board.get("a", 59) is None
     assert board.get("a", 61) is not None
     assert not board.is_to_be_replaced("a", 59)
@@ -124,7 +151,7 @@ def test_short_jobs_serve_for_most_of_their_time() -> None:
 def test_how_long_jobs_last() -> None:
     board = LeaveBoard()
     for name, at in ("short", 700), ("day", 86400), ("more", 90000):
-        board.ends(name, at, at, "", 0)
+        ends(board, name, at, at, 0)
     assert board.lasts("short", 0) < board.lasts("day", 0) == board.lasts("more", 0)
     assert board.lasts("day", 0) <= board.lasts("forever", 0)
 
@@ -256,7 +283,7 @@ def test_a_worker_that_ends_soon_is_a_last_choice() -> None:
     rig = Leavers(2)
     for number in (1, 2):
         rig.views[address(number)] = replace(
-            view(number, free=0 if number == 2 else 4), ends_soon=number == 1
+            view(number, free=0 if number == 2 else 4), lasts=-(number == 1)
         )
     rig.healthy(num_replicas=1)
     assert rig.on(2) != []
@@ -489,22 +516,35 @@ def test_end_of_job_by_configuration(value: object) -> None:
 
 #: What their commands print, as their manuals and users have it.
 SAID = {
-    "SLURM_JOB_ID": ("squeue", "1-02:03:04\n", 93784),
+    "SLURM_JOB_ID": ("squeue", "6 0:10\n7 1-02:03:04\n", 93784),
     "PBS_JOBID": (
         "qstat",
-        "    resources_used.walltime = 00:10:00\n    Resource_List.walltime = 01:00:00",
+        "Job Id: 7\n    resources_used.walltime = 00:10:00\n"
+        "    Variable_List = Resource_List.walltime=9\n"
+        "    Resource_List.walltime = 01:00:00",
         3000,
     ),
     "LSB_JOBID": ("bjobs", "1:30 L\n", 5400),
 }
 
 
-def say(folder: Path, command: str, text: str, code: int = 0) -> dict[str, str]:
-    """Make a command that prints a text; return the environment that has it."""
+def say(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    command: str,
+    text: str,
+    code: int = 0,
+) -> None:
+    """Make a command that prints a text, and its arguments into a file."""
     path = folder / command
-    path.write_text(f"#!/bin/sh\ncat <<'.'\n{text}\n.\nexit {code}\n")
+    script = f"echo \"$@\" >> {folder}/asked\ncat <<'.'\n{text}\n.\nexit {code}\n"
+    path.write_text(f"#!/bin/sh\n{script}")
     path.chmod(0o755)
-    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def ask(**environ: str) -> JobEnd | None:
+    return asyncio.run(ask_for_end(Settings.load(), environ))
 
 
 @pytest.mark.parametrize("job", SAID)
@@ -512,34 +552,62 @@ def test_batch_systems_are_asked(
     job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command, text, left_s = SAID[job]
-    monkeypatch.setenv("PATH", say(tmp_path, command, text)["PATH"])
-    end = ask_for_end(Settings.load(), {job: "7"})
+    say(monkeypatch, tmp_path, command, text)
+    end = ask(**{job: "7"})
     assert end is not None
     assert abs(end.at - time.time() - left_s) < 5
-    assert end.killed_at == end.at + kill_wait_s(Settings.load(), {job: "7"})
+    warned_s = 0 if job == "LSB_JOBID" else kill_wait_s(Settings.load(), {job: "7"})
+    assert end.killed_at == end.at + warned_s
+
+
+def test_a_job_of_an_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    say(monkeypatch, tmp_path, "bjobs", "1:30 L")
+    assert ask(LSB_JOBID="7", LSB_JOBINDEX="3") is not None
+    assert (tmp_path / "asked").read_text().split()[-1] == "7[3]"
+
+
+HOUR_S = 3600
 
 
 @pytest.mark.parametrize(
     ("job", "command", "text"),
     [
-        ("JOB_ID", "qstat", "hard resource_list:         h_rt=864000,mem_free=1G"),
-        ("OAR_JOB_ID", "oarstat", "    walltime = 240:0:0"),
-        ("_CONDOR_JOB_AD", "cat", "AllowedJobDuration = 864000"),
-        ("PBS_JOBID", "qstat", "    Resource_List.walltime = 240:00:00"),
-        ("PBS_JOBID", "qstat", "    Walltime.Remaining = 864000"),
+        (
+            "JOB_ID",
+            "qstat",
+            "env_list:   MY=h_rt=5\nhard resource_list:      mem_free=1G,h_rt=3600",
+        ),
+        (
+            "OAR_JOB_ID",
+            "oarstat",
+            '    wanted_resources = -l "walltime=2:0:0"\n    walltime = 1:0:0',
+        ),
+        ("_CONDOR_JOB_AD", "cat", "AllowedJobDuration = 3600"),
+        ("PBS_JOBID", "qstat", "    Resource_List.walltime = 01:00:00"),
+        ("PBS_JOBID", "qstat", "    Walltime.Remaining = 3600"),
     ],
 )
 def test_batch_systems_that_tell_the_limit(
     job: str, command: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    say(tmp_path, command, text)
+    """Where the job's begin counts: that of the processes that have its variable."""
     if command == "cat":  # a file it is, and the command that reads it a real one
         (tmp_path / "ad").write_text(text)
     else:
-        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    end = ask_for_end(Settings.load(), {job: str(tmp_path / "ad")})
+        say(monkeypatch, tmp_path, command, text)
+    began = psutil.Process().create_time()
+    end = ask(**{job: str(tmp_path / "ad")})
     assert end is not None
-    assert time.time() < end.at <= time.time() + 864000
+    least = time.time() if "Remaining" in text else began
+    assert abs(end.at - least - HOUR_S) < 5
+
+
+def test_condor_says_when_a_job_began(tmp_path: Path) -> None:
+    began = int(time.time()) - 600
+    ad = f"JobCurrentStartDate = {began}\nAllowedJobDuration = 3600\n"
+    (tmp_path / "ad").write_text(ad)
+    end = ask(_CONDOR_JOB_AD=str(tmp_path / "ad"))
+    assert end is not None and abs(end.at - began - HOUR_S) < 2
 
 
 def test_the_earlier_end_holds() -> None:
@@ -550,19 +618,74 @@ def test_the_earlier_end_holds() -> None:
 
 
 def test_a_job_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", say(tmp_path, "squeue", "UNLIMITED")["PATH"])
-    assert ask_for_end(Settings.load(), {"SLURM_JOB_ID": "7"}) is None
+    say(monkeypatch, tmp_path, "squeue", "7 UNLIMITED")
+    assert ask(SLURM_JOB_ID="7") is None
+
+
+@pytest.mark.parametrize("text", ["", "7 NOT_SET", "7 INVALID", "8 1:00"])
+def test_no_answer_is_not_no_end(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say(monkeypatch, tmp_path, "squeue", text)
+    with pytest.raises((ValueError, KeyError)):
+        ask(SLURM_JOB_ID="7")
+
+
+def test_what_a_job_has_in_its_environment_is_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say(monkeypatch, tmp_path, "qstat", "    Variable_List = TOKEN=secret")
+    with pytest.raises(ValueError, match="walltime is told of job 7") as caught:
+        ask(PBS_JOBID="7")
+    assert "secret" not in str(caught.value)
 
 
 def test_a_batch_system_that_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", say(tmp_path, "squeue", "", 1)["PATH"])
+    say(monkeypatch, tmp_path, "squeue", "", 1)
     with pytest.raises(OSError, match="squeue.* ended with 1"):
-        ask_for_end(Settings.load(), {"SLURM_JOB_ID": "7"})
+        ask(SLURM_JOB_ID="7")
+    monkeypatch.setattr(job_end, "COMMAND_TIMEOUT_S", 0.2)
+    (tmp_path / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
+    with pytest.raises(TimeoutError):
+        ask(SLURM_JOB_ID="7")
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    with pytest.raises(OSError, match="squeue"):
-        ask_for_end(Settings.load(), {"SLURM_JOB_ID": "7"})
+    with pytest.raises(FileNotFoundError, match="squeue"):
+        ask(SLURM_JOB_ID="7")
+
+
+def test_a_batch_system_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a failure, too; time limits change."""
+    say(monkeypatch, tmp_path, "squeue", "", 1)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(worker_leaving, "ASK_S", (0.1, 0.1))
+    monkeypatch.setattr(worker_leaving, "ASK_FIRST_S", 0.1)
+    told: list[Any] = []
+
+    async def check() -> None:
+        settings = Settings.load()
+        worker: Any = SimpleNamespace(close=None, nanny="", lifetime=None)
+        farewell = Farewell(worker, settings, dict, lambda: told.append(farewell.end))
+        asking = asyncio.create_task(farewell._ask_for_end())
+        async with asyncio.timeout(20):
+            while (tmp_path / "asked").read_text().count("\n") < 2:
+                await asyncio.sleep(0.05)
+            assert told == []
+            for left in ("2:00:00", "1:00:00"):
+                say(monkeypatch, tmp_path, "squeue", f"7 {left}")
+                count = len(told)
+                while len(told) == count:
+                    await asyncio.sleep(0.05)
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert asking.cancelled()
+
+    (tmp_path / "asked").touch()
+    asyncio.run(check())
+    assert [round((end.at - time.time()) / HOUR_S) for end in told] == [2, 1]
 
 
 @pytest.mark.parametrize(
@@ -571,6 +694,8 @@ def test_a_batch_system_that_does_not_answer(
         ({}, 20),
         ({"SLURM_JOB_ID": "7"}, 28),
         ({"PBS_JOBID": "7"}, 8),
+        ({"LSB_JOBID": "7"}, 8),
+        ({"JOB_ID": "7"}, 20),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, 28),
     ],
 )

@@ -298,14 +298,16 @@ class Instance:
         """Look again: something is wanted, or there may be room now."""
         self._wake.set()
 
-    def hello(
-        self, worker: str, ends_in_s: tuple[float, float, str] | None = None
-    ) -> None:
-        """Note that a worker's plugin is set up, and how long the worker has."""
-        if ends_in_s is not None:
-            self.leaving.ends(worker, *ends_in_s, time.monotonic())
-        else:
+    def worker_ends(self, worker: str, ending: dict[str, Any] | None) -> None:
+        """Note when a worker's job ends; None: it has no end, or none any more."""
+        if ending is None:
             self.leaving.never_ends(worker)
+        else:
+            self.leaving.ends(worker, now=time.monotonic(), **ending)
+        self._wake.set()
+
+    def hello(self, worker: str) -> None:
+        """Note that a worker's plugin is set up."""
         self.publisher.subscribe(worker)
         self._health.heard(worker)
         self._wake.set()
@@ -563,7 +565,6 @@ class Instance:
                 and self.publisher.has(address)
                 and address not in self._health.silent,
                 leaving=leaving.get(address, now),
-                ends_soon=leaving.ends_soon(address, now),
                 lasts=leaving.lasts(address, now),
             )
             for address, ws in self._scheduler.workers.items()

@@ -10,16 +10,17 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from daskserve.controller.placement import Leaving, WorkerView, matches, offers
+from daskserve.controller.placement import LASTS, Leaving, WorkerView, matches, offers
 from daskserve.controller.records import Spec
 
 #: How long a worker counts as leaving after the call that said so has ended: some are
 #: closed only then. One that runs on for longer stays after all.
 LINGER_S = 10.0
 #: Workers that end within this time get new replicas only if no other will do; times
-#: beyond are told apart by their size, up to `LASTS` times twice as long.
-NEAR_END_S, LASTS = 600.0, 8
+#: beyond are told apart by how often they are twice as long, and that up to `LASTS`.
+NEAR_END_S = 600.0
 #: A worker counts as ending, or as one to be replaced, for this part of its time at
 #: most: jobs may be shorter than what usually comes before their end.
 MOST_OF_IT = 0.25
@@ -76,7 +77,7 @@ class LeaveBoard:
         leave = self._leaves.get(worker)
         if leave is None:
             leave = self._leaves[worker] = _Leave(leaving)
-        elif leaving.deadline < leave.leaving.deadline:
+        elif not leave.calls or leaving.deadline < leave.leaving.deadline:
             leave.leaving = leaving
         leave.calls += 1
 
@@ -92,14 +93,22 @@ class LeaveBoard:
         """
         leave = self._leaves.get(worker)
         if leave is not None:
-            leave.calls -= 1
+            # Less than none for a call of before the worker was `gone`.
+            leave.calls = max(0, leave.calls - 1)
             leave.forget_at = now + LINGER_S
 
     def __bool__(self) -> bool:
         return bool(self._leaves or self._ends)
 
     def ends(
-        self, worker: str, in_s: float, killed_in_s: float, clock: str, now: float
+        self,
+        worker: str,
+        *,
+        in_s: float,
+        killed_in_s: float,
+        clock: str,
+        now: float,
+        needs_s: Mapping[int, float] = MappingProxyType({}),
     ) -> None:
         """Note that a worker knows when it ends.
 
@@ -115,6 +124,8 @@ class LeaveBoard:
             When its job ends, as users read it.
         now
             Time in seconds.
+        needs_s
+            How long requests in its replicas may take, by the replica's number.
         """
         since = self._known_since.setdefault(worker, now)
         at = now + in_s
@@ -124,6 +135,7 @@ class LeaveBoard:
             since=at - min(self._margin_s, most),
             deadline=now + killed_in_s,
             killed=True,
+            needs_s=needs_s,
         )
         self._ends[worker] = _End(at, leaving, at - min(self._lead_s, most))
 
@@ -187,30 +199,10 @@ class LeaveBoard:
         return end is not None and now >= end.ask_at
 
     def lasts(self, worker: str, now: float) -> int:
-        """How long a worker's job goes on, roughly: the higher, the longer."""
+        """How long a worker's job goes on: a `WorkerView`'s ``lasts``."""
         end = self._ends.get(worker)
-        if end is None:
-            return LASTS
-        left = max(1.0, (end.at - now) / NEAR_END_S)
-        return min(LASTS, int(math.log2(left)))
-
-    def ends_soon(self, worker: str, now: float) -> bool:
-        """Whether a worker has said that it ends within :data:`NEAR_END_S`.
-
-        Parameters
-        ----------
-        worker
-            Its address.
-        now
-            Time in seconds.
-
-        Returns
-        -------
-        bool
-            True if other workers are to be preferred.
-        """
-        end = self._ends.get(worker)
-        return end is not None and now >= end.at - NEAR_END_S
+        left = math.inf if end is None else (end.at - now) / NEAR_END_S
+        return -1 if left <= 1 else int(min(LASTS, math.log2(left)))
 
 
 def addresses_of(wanted: Iterable[object], names: Mapping[str, str]) -> list[str]:

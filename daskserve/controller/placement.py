@@ -19,6 +19,8 @@ from typing import TypeAlias
 # Resources are floats that users add up, as in three times 0.1 on a worker of 0.3.
 _EPSILON = 1e-9
 _MAX_LISTED = 5
+#: Of workers that have no end, or none that matters.
+LASTS = 8
 
 #: How a worker compares with others for a deployment's next replica, the lowest being
 #: the best; see `Search`.
@@ -101,10 +103,9 @@ class WorkerView:
         Whether it takes new work: running, neither paused nor closing.
     leaving
         Why and when it leaves; None if it stays.
-    ends_soon
-        Whether its time ends soon, so that others are better.
     lasts
-        How long its time is, roughly: the higher, the longer.
+        How long its job goes on, roughly: the higher, the longer, up to `LASTS`. Below
+        0 it ends so soon that any other is better.
     """
 
     address: str
@@ -115,8 +116,7 @@ class WorkerView:
     resources: Mapping[str, float]
     accepting: bool
     leaving: Leaving | None = None
-    ends_soon: bool = False
-    lasts: int = 0
+    lasts: int = LASTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +214,7 @@ class Occupancy:
         """
         address = view.address
         busy = view.free_threads <= self.sent[address]
-        last = 2 if view.leaving else int(view.ends_soon)
+        last = 2 if view.leaving else int(view.lasts < 0)
         load = self.load[address]
         return last, busy, failures, own_host, own, -view.lasts, load, address
 

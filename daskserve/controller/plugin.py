@@ -38,6 +38,7 @@ from daskserve.transport.messages import (
     OP_RELAY,
     STREAM_ACK,
     STREAM_BYE,
+    STREAM_END,
     STREAM_HEALTH,
     STREAM_HELLO,
     STREAM_LOAD,
@@ -137,6 +138,7 @@ class ServeController(SchedulerPlugin):
             scheduler.handlers[op.__name__] = op
         scheduler.handlers[OP_RELAY] = self._relay
         scheduler.stream_handlers[STREAM_HELLO] = self._hello
+        scheduler.stream_handlers[STREAM_END] = self._end_told
         scheduler.stream_handlers[STREAM_ACK] = self._ack
         scheduler.stream_handlers[STREAM_BYE] = self._bye
         scheduler.stream_handlers[STREAM_QUEUED] = self._queued
@@ -230,11 +232,14 @@ class ServeController(SchedulerPlugin):
     # Streams.
 
     @never_raises
-    def _hello(
-        self, worker: str, ends_in_s: tuple[float, float, str] | None = None
-    ) -> None:
+    def _hello(self, worker: str) -> None:
         if self._instance is not None:
-            self._instance.hello(worker, ends_in_s)
+            self._instance.hello(worker)
+
+    @never_raises
+    def _end_told(self, worker: str, ending: dict[str, Any] | None) -> None:
+        if self._instance is not None:
+            self._instance.worker_ends(worker, ending)
 
     @never_raises
     def _ack(

@@ -221,6 +221,7 @@ STREAM_COMMAND: Final = "serve-command"  # scheduler -> worker: to one replica
 STREAM_ACK: Final = "serve-ack"  # worker or client -> scheduler: snapshot applied
 STREAM_BYE: Final = "serve-bye"  # client -> scheduler: no more snapshots, please
 STREAM_HELLO: Final = "serve-hello"  # worker -> scheduler: its plugin is set up
+STREAM_END: Final = "serve-end"  # worker -> scheduler: when its job ends, if it does
 STREAM_LOAD: Final = "serve-load"  # worker or client -> scheduler: requests in all
 STREAM_QUEUED: Final = "serve-queued"  # both ways: how many requests wait
 STREAM_REPLICA: Final = "serve-replica"  # worker -> scheduler: a replica's news

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
-import subprocess
-import threading
+import signal
 import time
+from asyncio.subprocess import PIPE
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from daskserve.config import Settings
 
 #: How long a command of a batch system may take.
 COMMAND_TIMEOUT_S = 10.0
+#: And how long its end, once it is killed.
+KILLED_S = 1.0
 #: How long a process goes on after SIGTERM where nothing is known, in seconds.
 UNKNOWN_WAIT_S = 20.0
 #: Longer than any worker waits for others to take what it serves, in seconds.
@@ -37,6 +40,22 @@ class JobEnd:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """What a batch system says, of which job, and for how long that has run."""
+
+    text: str
+    job: str
+    age_s: float
+
+    def field(self, pattern: str) -> str:
+        """Return the value of a field that begins a line, or raise `ValueError`."""
+        found = re.search(rf"(?m)^\s*{pattern}\s*[=:]\s*([\d:.-]+)", self.text)
+        if found is None:  # the text itself has the user's environment, with some
+            raise ValueError(f"no {pattern} is told of job {self.job}")
+        return found[1]
+
+
+@dataclass(frozen=True, slots=True)
 class BatchSystem:
     """How one batch system is asked.
 
@@ -47,16 +66,18 @@ class BatchSystem:
     command
         Tells about the job; ``{job}`` stands for it.
     read
-        Returns the seconds that are left, by what the command printed and how long ago
-        the job began; None if it has no end.
+        Returns the seconds that are left; None if there is no end.
     kill_wait_s
-        Seconds between SIGTERM and SIGKILL at the end; 0 if there is no SIGTERM.
+        Seconds between SIGTERM and SIGKILL; None: not known.
+    warns
+        Whether SIGTERM comes at the end, too.
     """
 
     job: str
     command: tuple[str, ...]
-    read: Callable[[str, float], float | None]
-    kill_wait_s: float
+    read: Callable[[Asked], float | None]
+    kill_wait_s: float | None = None
+    warns: bool = True
 
 
 def _seconds(text: str) -> float:
@@ -68,56 +89,62 @@ def _seconds(text: str) -> float:
     return seconds + 86400 * int(days or 0)
 
 
-def _field(text: str, pattern: str) -> str:
-    found = re.search(rf"\b{pattern}\s*[=:]\s*([\d:-]+)", text)
-    if found is None:
-        raise ValueError(f"no {pattern} in {text!r}")
-    return found[1]
+def _slurm(asked: Asked) -> float | None:
+    # Of an array's first task, all others are listed as well.
+    words = asked.text.split()
+    left = dict(zip(words[::2], words[1::2], strict=True))[asked.job]
+    return None if left == "UNLIMITED" else _seconds(left)
 
 
-def _slurm(text: str, age_s: float) -> float | None:
-    # `squeue -o %L`: else it is UNLIMITED, NOT_SET or INVALID.
-    return _seconds(text) if text.strip()[:1].isdigit() else None
-
-
-def _pbs(text: str, age_s: float) -> float | None:
+def _pbs(asked: Asked) -> float | None:
     with suppress(ValueError):  # Torque's
-        return _seconds(_field(text, r"Walltime\.Remaining"))
-    limit = _seconds(_field(text, r"Resource_List\.walltime"))
+        return _seconds(asked.field(r"Walltime\.Remaining"))
+    limit_s, used_s = _seconds(asked.field(r"Resource_List\.walltime")), 0.0
+    with suppress(ValueError):  # looked at now and then
+        used_s = _seconds(asked.field(r"resources_used\.walltime"))
+    return limit_s - max(used_s, asked.age_s)
+
+
+def _lsf(asked: Asked) -> float | None:
+    # "12:34 L", in hours and minutes.
+    return _seconds(asked.text.split()[0]) * 60
+
+
+def _condor(asked: Asked) -> float | None:
+    age_s = asked.age_s
     with suppress(ValueError):
-        return limit - _seconds(_field(text, r"resources_used\.walltime"))
-    return limit - age_s
+        age_s = time.time() - float(asked.field("JobCurrentStartDate"))
+    return _seconds(asked.field("AllowedJobDuration")) - age_s
 
 
-def _sge(text: str, age_s: float) -> float | None:
-    return _seconds(_field(text, "h_rt")) - age_s
-
-
-def _lsf(text: str, age_s: float) -> float | None:
-    # `bjobs -o time_left`: "12:34 L", in hours and minutes.
-    return _seconds(text.split()[0]) * 60
-
-
-def _condor(text: str, age_s: float) -> float | None:
-    return _seconds(_field(text, "AllowedJobDuration")) - age_s
-
-
-def _oar(text: str, age_s: float) -> float | None:
-    return _seconds(_field(text, "walltime")) - age_s
+def _limit(pattern: str) -> Callable[[Asked], float | None]:
+    return lambda asked: _seconds(asked.field(pattern)) - asked.age_s
 
 
 SYSTEMS = (
     BatchSystem(
-        "SLURM_JOB_ID", ("squeue", "-h", "-j", "{job}", "-o", "%L"), _slurm, 30
+        "SLURM_JOB_ID", ("squeue", "-h", "-j", "{job}", "-o", "%A %L"), _slurm, 30
     ),
     BatchSystem("PBS_JOBID", ("qstat", "-f", "{job}"), _pbs, 10),
+    # At the end it sends SIGUSR2, by which Python ends.
     BatchSystem(
-        "LSB_JOBID", ("bjobs", "-noheader", "-o", "time_left", "{job}"), _lsf, 10
+        "LSB_JOBID",
+        ("bjobs", "-noheader", "-o", "time_left", "{job}"),
+        _lsf,
+        10,
+        warns=False,
     ),
     BatchSystem("_CONDOR_JOB_AD", ("cat", "{job}"), _condor, 30),
-    BatchSystem("OAR_JOB_ID", ("oarstat", "-fj", "{job}"), _oar, 0),
-    BatchSystem("JOB_ID", ("qstat", "-j", "{job}"), _sge, 0),  # Grid Engine
-)  # fmt: skip
+    BatchSystem(
+        "OAR_JOB_ID", ("oarstat", "-fj", "{job}"), _limit("walltime"), warns=False
+    ),
+    BatchSystem(  # Grid Engine
+        "JOB_ID",
+        ("qstat", "-j", "{job}"),
+        _limit(r"hard resource_list:.*?\bh_rt"),
+        warns=False,
+    ),
+)
 #: Job time limits in seconds, in the variables of some.
 LIMITS = ("PBS_WALLTIME", "OAR_JOB_WALLTIME_SECONDS")
 
@@ -132,7 +159,7 @@ def kill_wait_s(settings: Settings, environ: Mapping[str, str] = os.environ) -> 
     if settings.signal_timeout_s is not None:
         return settings.signal_timeout_s
     system = batch_system(environ)
-    if system is not None and system.kill_wait_s:
+    if system is not None and system.kill_wait_s is not None:
         return system.kill_wait_s - KILL_MARGIN_S
     if "KUBERNETES_SERVICE_HOST" in environ:  # terminationGracePeriodSeconds
         return 30 - KILL_MARGIN_S
@@ -163,14 +190,14 @@ def end_by_environment(
     for name in LIMITS:
         with suppress(KeyError, ValueError):
             limit_s = float(environ[name])
-            return _end(_began_at() + limit_s, settings, environ)
+            return _end(_began_at(name) + limit_s, settings, environ)
     return None
 
 
-def ask_for_end(
+async def ask_for_end(
     settings: Settings, environ: Mapping[str, str] = os.environ
 ) -> JobEnd | None:
-    """Ask the batch system when this job ends; takes a while.
+    """Ask the batch system when this job ends; it must be in one.
 
     Returns
     -------
@@ -179,33 +206,41 @@ def ask_for_end(
 
     Raises
     ------
-    OSError, ValueError
-        It cannot be asked, or does not say.
+    FileNotFoundError
+        There is no command for that here.
+    Exception
+        It does not answer, or not what is expected.
     """
     system = batch_system(environ)
-    if system is None:
-        raise ValueError("this is no job of a batch system that is known")
+    assert system is not None
     job = environ[system.job]
+    if environ.get("LSB_JOBINDEX", "0") != "0":  # of an array
+        job += f"[{environ['LSB_JOBINDEX']}]"
     command = [part.format(job=job) for part in system.command]
+    asking = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE)
     try:
-        asked = subprocess.run(
-            command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired as err:
-        raise OSError(f"{err}") from None
-    if asked.returncode:
-        raise OSError(
-            f"{command} ended with {asked.returncode}: {asked.stderr.strip()}"
-        )
+        async with asyncio.timeout(COMMAND_TIMEOUT_S):
+            text, why = await asking.communicate()
+    finally:
+        if asking.returncode is None:
+            asking.kill()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(KILLED_S):
+                    await asking.wait()
+    if asking.returncode:
+        error = why.decode(errors="replace").strip()
+        raise OSError(f"{command} ended with {asking.returncode}: {error}")
     now = time.time()
-    left_s = system.read(asked.stdout, now - _began_at())
+    asked = Asked(text.decode(errors="replace"), job, now - _began_at(system.job))
+    left_s = system.read(asked)
     return None if left_s is None else _end(now + left_s, settings, environ)
 
 
 def end_by_lifetime(worker: Worker) -> JobEnd | None:
     """Return when a worker closes by ``--lifetime``, unless it is started anew."""
     # It counts from the worker's start: that of its process, if it has one of its own.
-    own = worker.nanny or threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+    own = worker.nanny or getattr(handler, "__module__", "") == "distributed._signals"
     if not worker.lifetime or worker.lifetime_restart or not own:
         return None
     at = psutil.Process().create_time() + worker.lifetime
@@ -221,16 +256,18 @@ def earlier(one: JobEnd | None, other: JobEnd | None) -> JobEnd | None:
 
 def _end(at: float, settings: Settings, environ: Mapping[str, str]) -> JobEnd:
     system = batch_system(environ)
-    told = system is not None and system.kill_wait_s > 0
-    return JobEnd(at, at + kill_wait_s(settings, environ) if told else at)
+    warned = system is not None and system.warns
+    return JobEnd(at, at + kill_wait_s(settings, environ) if warned else at)
 
 
-def _began_at() -> float:
-    """Return when the job began: not later than the oldest process that is our own."""
-    process, oldest = psutil.Process(), time.time()
-    uid = process.uids().real
-    with suppress(psutil.Error):
-        while process is not None and process.uids().real == uid:
-            oldest = process.create_time()
-            process = process.parent()
-    return oldest
+def _began_at(variable: str) -> float:
+    """Return when the job began: with the oldest process that has its variable."""
+    process: psutil.Process | None = psutil.Process()
+    assert process is not None
+    began_at: float = process.create_time()
+    with suppress(psutil.Error):  # beyond are other users' processes
+        while (process := process.parent()) is not None:
+            if variable not in process.environ():
+                break
+            began_at = process.create_time()
+    return began_at
