@@ -20,7 +20,7 @@ def test_nothing_is_found(capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.timeout(600)
 def test_sieges_are_withstood(capfd: pytest.CaptureFixture[str]) -> None:
     need_program("slowhttptest")
-    # Slow reading of much keeps few processors busy, with plain uvicorn for longer.
+    # Slow reading of much keeps few processors busy for seconds, as with plain uvicorn.
     names = [name for name in siege.NAMES if name != "slow-read"]
     # A machine in use adds to each wait.
     arguments = ["--seconds", "3", "--only", *names]
