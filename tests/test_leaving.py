@@ -519,10 +519,11 @@ SAID = {
     "SLURM_JOB_ID": ("squeue", "6 0:10\n7 1-02:03:04\n", 93784),
     "PBS_JOBID": (
         "qstat",
-        "Job Id: 7\n    resources_used.walltime = 00:10:00\n"
+        # More than the process of the tests has run, which counts as well.
+        "Job Id: 7\n    resources_used.walltime = 100:00:00\n"
         "    Variable_List = Resource_List.walltime=9\n"
-        "    Resource_List.walltime = 01:00:00",
-        3000,
+        "    Resource_List.walltime = 110:00:00",
+        36000,
     ),
     "LSB_JOBID": ("bjobs", "1:30 L\n", 5400),
 }
