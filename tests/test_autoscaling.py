@@ -27,7 +27,7 @@ from daskserve.transport.load_reports import LEAST, LOOKS, LoadReports
 from tests.benchmarks.autoscaling import Sleeper, config, run_steps
 from tests.test_http import Site, open_site
 from tests.test_state import Rig, failure, started, stopped
-from tests.utils import poll
+from tests.utils import poll, scheduler_workers
 
 AUTO: dict[str, Any] = {
     "min_replicas": 1,
@@ -698,4 +698,4 @@ def test_adapt_adds_a_worker_for_a_replica_without_room() -> None:
                 return len({call.result(timeout_s=20) for call in calls}) == 2
 
             poll(two_answer, 25)
-            assert len(client.scheduler_info(n_workers=-1)["workers"]) == 2
+            assert len(scheduler_workers(client)) == 2

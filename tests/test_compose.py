@@ -26,7 +26,7 @@ from daskserve.exceptions import (
     PicklingError,
     ReplicaDiedError,
 )
-from tests.utils import ProcessCluster, leftover_threads, poll
+from tests.utils import ProcessCluster, leftover_threads, poll, scheduler_workers
 
 pytestmark = pytest.mark.slow
 
@@ -278,7 +278,7 @@ def test_a_replica_near_the_bytes_is_preferred(
     cluster: ProcessCluster, data: serve.DeploymentHandle
 ) -> None:
     client = default_client()
-    for worker in client.scheduler_info(n_workers=-1)["workers"]:
+    for worker in scheduler_workers(client):
         large = client.submit(bytes, 2_000_000, workers=[worker], pure=False)
         small = client.submit(bytes, 10, pure=False)
         found = {data.where.remote(small, large).result(10) for _ in range(5)}
@@ -289,7 +289,7 @@ def test_large_values_pass_neither_the_client_nor_the_scheduler(
     cluster: ProcessCluster, data: serve.DeploymentHandle
 ) -> None:
     client = default_client()
-    addresses = list(client.scheduler_info(n_workers=-1)["workers"])
+    addresses = list(scheduler_workers(client))
     small = client.submit(np.ones, 1000, workers=addresses[:1], pure=False)
     assert data.total.remote(small).result(20) == 1000  # all connections stand
     large = client.submit(

@@ -41,6 +41,7 @@ from tests.utils import (
     leftover_threads,
     poll,
     run_script,
+    scheduler_workers,
 )
 
 pytestmark = pytest.mark.slow
@@ -734,7 +735,7 @@ def test_resources_are_respected(instance: serve.ServeInstance) -> None:
 
 
 def test_workers_are_respected(instance: serve.ServeInstance, client: Client) -> None:
-    there = client.scheduler_info()["workers"]
+    there = scheduler_workers(client)
     address, other, _ = there
 
     @serve.deployment(num_replicas=3, workers=address, deploy_timeout_s=1)
@@ -1400,7 +1401,7 @@ def test_port_in_use(own: Client, location: str) -> None:
         assert f"127.0.0.1:{port}" in text or (
             "127.0.0.1" in text and str(port) in text
         )
-        workers = own.scheduler_info()["workers"]
+        workers = scheduler_workers(own)
         assert any(worker in text for worker in workers)
         assert gone()
         assert not any(own.run(lambda dask_worker: _has_plugin(dask_worker)).values())
@@ -1424,7 +1425,7 @@ def test_new_worker_gets_a_proxy(
     serve.start(http_options={"location": "EveryNode", "port": port})
     hello.options(num_replicas=2).deploy()
     assert len(serve.status().proxies) == 2
-    known = set(own.scheduler_info()["workers"])
+    known = set(scheduler_workers(own))
     worker = bare.add_worker()
     try:
         poll(lambda: len(serve.status().proxies) == 3, 20)

@@ -18,7 +18,14 @@ from daskserve import environment
 from daskserve.controller.records import PYTHON
 from daskserve.exceptions import EnvironmentMismatchError
 from daskserve.worker import ServeWorkerPlugin
-from tests.utils import ROOT, ProcessCluster, poll, run_script, write_certificate
+from tests.utils import (
+    ROOT,
+    ProcessCluster,
+    poll,
+    run_script,
+    scheduler_workers,
+    write_certificate,
+)
 
 #: A process that reads this at its start cannot import daskserve ...
 MISSING = """
@@ -60,7 +67,7 @@ def start_with(directory: Path, text: str) -> dict[str, str]:
 
 def names_and_addresses(cluster: ProcessCluster) -> dict[str, str]:
     with cluster.client(set_as_default=False) as client:
-        workers = client.scheduler_info(n_workers=-1)["workers"]
+        workers = scheduler_workers(client)
         return {worker["name"]: address for address, worker in workers.items()}
 
 

@@ -32,7 +32,7 @@ from tests.test_http import (
     open_site,
     send_request,
 )
-from tests.utils import Process, ProcessCluster, poll
+from tests.utils import Process, ProcessCluster, poll, scheduler_workers
 
 
 class Sites:
@@ -407,7 +407,7 @@ def test_blocking_handler_stalls_no_neighbour(
     worker = getattr(site, where)
 
     def last_seen() -> float:
-        info = site.client.scheduler_info(n_workers=-1)["workers"][worker]
+        info = scheduler_workers(site.client)[worker]
         return float(info["last_seen"])
 
     with ThreadPoolExecutor(1) as pool, httpx.Client(timeout=5) as client:

@@ -50,7 +50,7 @@ from starlette.routing import Mount, Route
 
 import daskserve as serve
 from daskserve.exceptions import DeploymentFailedError
-from tests.utils import ProcessCluster, poll
+from tests.utils import ProcessCluster, poll, scheduler_workers
 
 _numbers = itertools.count(1)
 
@@ -77,10 +77,7 @@ class Site:
     @property
     def far(self) -> str:
         """The address of another worker."""
-        # Not by `scheduler_info`: the client renews that beside us, without workers.
-        scheduler: Any = self.client.scheduler
-        workers = self.client.sync(scheduler.identity, n_workers=-1)["workers"]
-        return sorted(set(workers) - {self.near})[0]
+        return sorted(set(scheduler_workers(self.client)) - {self.near})[0]
 
     def place(self, where: str) -> dict[str, Any]:
         """Return the option that puts replicas ``"near"`` or ``"far"``."""

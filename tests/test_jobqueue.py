@@ -14,7 +14,7 @@ from distributed import Client
 import daskserve as serve
 from tests.slurm.cluster import Slurm, open_slurm
 from tests.slurm.load import Load, handler, loaded
-from tests.utils import ROOT, poll
+from tests.utils import ROOT, poll, scheduler_workers
 
 dask_jobqueue = pytest.importorskip("dask_jobqueue")
 pytestmark = [pytest.mark.slow, pytest.mark.by_hand, pytest.mark.timeout(500)]
@@ -70,7 +70,7 @@ def test_the_next_job_is_asked_for_in_time(monkeypatch: pytest.MonkeyPatch) -> N
         ):
             cluster.adapt(minimum_jobs=2, maximum_jobs=4)
             client.wait_for_workers(2, timeout=60)
-            first = set(client.scheduler_info(n_workers=-1)["workers"])
+            first = set(scheduler_workers(client))
             instance = serve.start(client, http_options={"port": 0})
             deployment = serve.deployment(
                 name="handler", route_prefix="/handler", num_replicas=2
@@ -91,4 +91,4 @@ def test_the_next_job_is_asked_for_in_time(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _gone(client: Client, workers: set[str]) -> bool:
-    return workers.isdisjoint(client.scheduler_info(n_workers=-1)["workers"])
+    return workers.isdisjoint(scheduler_workers(client))

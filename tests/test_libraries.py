@@ -24,7 +24,7 @@ import daskserve as serve
 from daskserve.exceptions import DeploymentFailedError, PicklingError
 from tests.libraries import LIBRARIES, load, talk
 from tests.test_http import Site, open_site
-from tests.utils import ROOT, Process, poll
+from tests.utils import ROOT, Process, poll, scheduler_workers
 
 # Libraries are imported in three processes at first.
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(120)]
@@ -92,7 +92,7 @@ def talk_to_all(name: str, url: str) -> list[list[Any]]:
 
 def others(site: Site) -> list[str]:
     """Return workers equally far from the server: it asks all replicas on them."""
-    workers = site.client.scheduler_info(n_workers=-1)["workers"]
+    workers = scheduler_workers(site.client)
     return sorted(set(workers) - {site.near})
 
 

@@ -17,6 +17,7 @@ import pytest
 
 import daskserve as serve
 from tests.test_http import Site, open_site
+from tests.utils import scheduler_workers
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +65,7 @@ def test_a_replica_that_is_lost_loses_nothing(site: Site) -> None:
     time.sleep(0.3)
     assert not future.done()
     # Their worker dies, and with it some tasks and results; others have to start.
-    other = sorted(set(site.client.scheduler_info(n_workers=-1)["workers"]))
+    other = sorted(set(scheduler_workers(site.client)))
     model = model.options(workers=[site.near, *other])
     (pid,) = pids
     assert pid is not None

@@ -13,7 +13,7 @@ import pytest
 import daskserve as serve
 from daskserve.session import client_session
 from tests.hosts import HostCluster, open_hosts
-from tests.utils import ProcessCluster
+from tests.utils import ProcessCluster, scheduler_workers
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,7 @@ def test_calls_go_through_the_scheduler(
     cluster: ProcessCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     with cluster.client() as client, serve.start(http_options={"location": None}):
-        (worker,) = client.scheduler_info(n_workers=-1)["workers"]
+        (worker,) = scheduler_workers(client)
         client_session(client)._relayed[worker] = float("inf")
         check_calls()
         port = int(worker.rpartition(":")[2])

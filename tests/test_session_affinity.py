@@ -27,7 +27,7 @@ from starlette.websockets import WebSocket
 import daskserve as serve
 from daskserve.handle import DeploymentHandle
 from tests.test_http import Site, open_site, site
-from tests.utils import poll
+from tests.utils import poll, scheduler_workers
 
 __all__ = ["site"]
 
@@ -86,7 +86,7 @@ def deploy(
 ) -> serve.Deployment:
     """Deploy the app on other workers than the server's, a replica on each."""
     if workers is None:
-        everywhere = sorted(site.client.scheduler_info(n_workers=-1)["workers"])
+        everywhere = sorted(scheduler_workers(site.client))
         workers = [w for w in everywhere if w != site.near]
 
     @serve.ingress(make_app)
@@ -365,7 +365,7 @@ def test_it_can_be_changed(site: Site) -> None:
 def test_another_proxy_finds_a_session() -> None:
     # On one port no client knows which of them it has; each gets its own with port 0.
     with open_site(3, location="EveryNode") as site:
-        workers = list(site.client.scheduler_info(n_workers=-1)["workers"])
+        workers = list(scheduler_workers(site.client))
         deployment = deploy(site, workers=workers, header="x-sid")
         urls = [url + f"/{deployment.name}" for url in site.instance.http_urls]
         assert len(urls) == 3

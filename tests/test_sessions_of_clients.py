@@ -15,6 +15,7 @@ import pytest
 
 import daskserve as serve
 from tests.test_http import Site, open_site
+from tests.utils import scheduler_workers
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(180)]
 
@@ -33,7 +34,7 @@ def site(request: pytest.FixtureRequest) -> Iterator[Site]:
 
 def deploy(site: Site, make_app: Callable[..., Any], **option: str) -> serve.Deployment:
     """Deploy an app in two replicas, each on a worker, and not on the server's."""
-    workers = sorted(site.client.scheduler_info(n_workers=-1)["workers"])
+    workers = sorted(scheduler_workers(site.client))
     workers.remove(site.near)
 
     @serve.ingress(make_app)

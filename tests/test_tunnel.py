@@ -34,7 +34,14 @@ from daskserve.cli import serve as serve_command
 from daskserve.session import client_session
 from tests.hosts import HostCluster, open_hosts
 from tests.links import open_link
-from tests.utils import Process, ProcessCluster, leftover_threads, poll, run_script
+from tests.utils import (
+    Process,
+    ProcessCluster,
+    leftover_threads,
+    poll,
+    run_script,
+    scheduler_workers,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -479,7 +486,7 @@ def far_cluster() -> Iterator[tuple[ProcessCluster, Any]]:
     with ProcessCluster(1, nanny=False, env=COMM_ONLY) as cluster:
         port = int(cluster.address.rpartition(":")[2])
         with open_link(port, 1e9) as link, Client(f"tcp://127.0.0.1:{link.port}") as c:
-            (worker,) = c.scheduler_info(n_workers=-1)["workers"]
+            (worker,) = scheduler_workers(c)
             client_session(c)._relayed[worker] = float("inf")
             yield cluster, link
             link.rate = 1e9

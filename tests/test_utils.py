@@ -20,6 +20,7 @@ from tests.utils import (
     poll,
     run_script,
     run_uvicorn,
+    scheduler_workers,
 )
 
 
@@ -28,7 +29,7 @@ def double(x: int) -> int:
 
 
 def worker_names(client: Client) -> set[str]:
-    return {w["name"] for w in client.scheduler_info(n_workers=-1)["workers"].values()}
+    return {w["name"] for w in scheduler_workers(client).values()}
 
 
 def test_poll_returns_the_first_true_result() -> None:
@@ -74,7 +75,7 @@ def test_tcp_cluster(no_leftovers: None) -> None:
 
             cluster.add_worker("--resources", "GPU=1", nthreads=3)
             poll(lambda: worker_names(client) == {"w1", "w2"}, timeout=30)
-            workers = client.scheduler_info(n_workers=-1)["workers"].values()
+            workers = scheduler_workers(client).values()
             added = next(w for w in workers if w["name"] == "w2")
             assert (added["nthreads"], added["resources"]) == (3, {"GPU": 1.0})
 
@@ -92,7 +93,7 @@ def test_tls_cluster(no_leftovers: None) -> None:
         assert cluster.address.startswith("tls://127.0.0.1:")
         with cluster.client() as client:
             assert client.submit(double, 4).result(timeout=10) == 8
-            addresses = list(client.scheduler_info(n_workers=-1)["workers"])
+            addresses = list(scheduler_workers(client))
             assert all(a.startswith("tls://") for a in addresses)
             cluster.kill(cluster.workers[0])
             poll(lambda: worker_names(client) == {"w1"})

@@ -40,6 +40,16 @@ def poll(fn: Callable[[], T | None], timeout: float = 10, period: float = 0.02) 
         time.sleep(period)
 
 
+def scheduler_workers(client: Client) -> dict[str, dict[str, Any]]:
+    """Return what the scheduler knows of its workers, by address.
+
+    Not by `Client.scheduler_info`: the client renews that beside us, without workers.
+    """
+    scheduler: Any = client.scheduler
+    workers: dict[str, Any] = client.sync(scheduler.identity, n_workers=-1)["workers"]
+    return workers
+
+
 def free_port() -> int:
     """Return a TCP port of 127.0.0.1 that nobody listens on right now."""
     with socket.socket() as sock:
@@ -325,7 +335,7 @@ def _temporary_directory() -> tempfile.TemporaryDirectory[str]:
 
 
 def _states(client: Client) -> list[str]:
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    workers = scheduler_workers(client).values()
     return [worker["status"] for worker in workers]
 
 

@@ -15,7 +15,7 @@ import daskserve as serve
 from daskserve.status import DeploymentStatus, ReplicaStatus
 from tests.chaos.app import Echo
 from tests.chaos.contract import History
-from tests.utils import free_port, poll
+from tests.utils import free_port, poll, scheduler_workers
 
 NAME = "Echo"
 
@@ -98,7 +98,7 @@ class Fleet:
 
     def names(self) -> dict[str, str]:
         """Return the names of all workers, by address."""
-        workers = self.client.scheduler_info(n_workers=-1)["workers"]
+        workers = scheduler_workers(self.client)
         return {address: str(facts["name"]) for address, facts in workers.items()}
 
     def wait_for_strength(self, timeout_s: float) -> float:
