@@ -7,6 +7,7 @@ import is imported in the commands.
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.util
 import json
 import logging
@@ -15,9 +16,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from distributed import Client, Security
@@ -65,15 +68,28 @@ def demo(host: str, port: int, workers: int) -> None:
 
 def _cluster_options(command: F) -> F:
     """Add the options that say which cluster, and how to connect to it."""
+
+    @functools.wraps(command)
+    def with_address(
+        scheduler: str | None, scheduler_file: str | None, **options: Any
+    ) -> Any:
+        return command(scheduler=_address(scheduler, scheduler_file), **options)
+
+    decorated: Any = with_address
     for option in reversed(
         [
             click.option(
                 "--scheduler",
-                required=True,
                 metavar="ADDRESS",
                 envvar="DASK_SCHEDULER_ADDRESS",
                 show_envvar=True,
                 help="Such as tcp://127.0.0.1:8786.",
+            ),
+            click.option(
+                "--scheduler-file",
+                metavar="FILE",
+                type=click.Path(exists=True, dir_okay=False, readable=True),
+                help="Instead: what `dask scheduler --scheduler-file` wrote.",
             ),
             click.option("--tls-ca-file", help="PEM file of the cluster's CA."),
             click.option("--tls-cert", help="PEM file of a certificate for clients."),
@@ -87,8 +103,35 @@ def _cluster_options(command: F) -> F:
             ),
         ]
     ):
-        command = option(command)
-    return command
+        decorated = option(decorated)
+    return cast(F, decorated)
+
+
+def _address(scheduler: str | None, scheduler_file: str | None) -> str:
+    """Return the scheduler's address; what the command line says comes first."""
+    if scheduler_file is None:
+        if scheduler is None:
+            raise click.UsageError(
+                "Which cluster? Give --scheduler ADDRESS or --scheduler-file FILE, or "
+                "set DASK_SCHEDULER_ADDRESS."
+            )
+        return scheduler
+    source = click.get_current_context().get_parameter_source("scheduler")
+    if source is ParameterSource.COMMANDLINE:
+        raise click.UsageError(
+            f"Which cluster? --scheduler {scheduler} and --scheduler-file "
+            f"{scheduler_file} are two: give one."
+        )
+    try:
+        address = json.loads(Path(scheduler_file).read_bytes())["address"]
+        if isinstance(address, str):
+            return address
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise click.UsageError(
+        f"{scheduler_file} names no scheduler: it has to be what `dask scheduler "
+        "--scheduler-file` writes."
+    )
 
 
 @serve.command()

@@ -203,6 +203,13 @@ def test_status_and_shutdown() -> None:
         assert result.exit_code == 0
         for word in (cluster.address, url, "hello  HEALTHY  1/1 replicas  /hello"):
             assert word in result.stdout
+        file = cluster.directory / "scheduler.json"
+        file.write_text(json.dumps({"address": cluster.address, "id": "Scheduler-1"}))
+        found_by_file = invoke("status", "--scheduler-file", f"{file}")
+        assert (found_by_file.exit_code, "hello  HEALTHY" in found_by_file.stdout) == (
+            0,
+            True,
+        )
         result = invoke("status", "--json", *scheduler)
         found = json.loads(result.stdout)
         assert found["instance"]["detached"] is True
@@ -255,6 +262,29 @@ def test_no_scheduler(name: str, address: str) -> None:
         f"Error: cannot connect to a scheduler at {address}"
     )
     assert len(result.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, "does not exist"),
+        ("", "names no scheduler"),
+        ("[1]", "names no scheduler"),
+        ('{"address": 7}', "names no scheduler"),
+        ("\xff", "names no scheduler"),
+        ('{"address": "tcp://127.0.0.1:1"}', "are two: give one"),
+    ],
+)
+def test_scheduler_files_that_are_none(
+    tmp_path: Path, text: str | None, why: str
+) -> None:
+    file = tmp_path / "scheduler.json"
+    if text is not None:
+        file.write_text(text, encoding="latin-1")
+    both = ["--scheduler", "tcp://127.0.0.1:2"] if "two" in why else []
+    result = invoke("status", "--scheduler-file", f"{file}", *both)
+    assert (result.exit_code, f"{file}" in result.output) == (2, True)
+    assert why in result.output
 
 
 def test_the_address_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
