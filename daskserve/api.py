@@ -16,6 +16,7 @@ from daskserve.config import DeploymentOptions, HTTPOptions
 from daskserve.controller.plugin import NAME, ServeController
 from daskserve.deployment import Deployment
 from daskserve.exceptions import ServeConfigError, ServeNotRunningError
+from daskserve.links import URL, link
 from daskserve.nanny import ServeNannyPlugin
 from daskserve.session import ClientSession, Session, client_session, current_session
 from daskserve.status import ServeStatus, Version
@@ -37,7 +38,7 @@ class ServeInstance:
 
     def __init__(self, session: Session, info: Mapping[str, Any]) -> None:
         self._session = session
-        self.http_urls: list[str] = list(info["http_urls"])
+        self.http_urls: list[str] = [URL(url) for url in info["http_urls"]]
         self.detached: bool = info["detached"]
 
     def status(self) -> Any:
@@ -75,10 +76,7 @@ class ServeInstance:
         return f"<ServeInstance on {self._session.address}: {urls}>"
 
     def _repr_html_(self) -> str:
-        links = ", ".join(
-            f'<a href="{html.escape(url)}/-/routes">{html.escape(url)}</a>'
-            for url in self.http_urls
-        )
+        links = ", ".join(link(f"{url}/-/routes", url) for url in self.http_urls)
         return (
             f"<b>daskserve</b> on <code>{html.escape(self._session.address)}</code>: "
             f"{links or 'no HTTP server'}"

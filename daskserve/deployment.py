@@ -16,6 +16,7 @@ from daskserve.config import AutoscalingConfig, Default, DeploymentOptions
 from daskserve.controller.records import Spec
 from daskserve.handle import DeploymentHandle
 from daskserve.ingress import dump_target
+from daskserve.links import URL
 from daskserve.mapping import map_collection
 from daskserve.replica.methods import is_threaded
 from daskserve.session import Session, current_session
@@ -76,7 +77,7 @@ class Deployment:
     def url(self) -> str | None:
         """Where HTTP finds the deployment; None if it is not served over HTTP."""
         session = current_session()
-        url: str | None = session.run(self._url, session)
+        url: URL | None = session.run(self._url, session)
         return url
 
     def __getattr__(self, name: str) -> Any:
@@ -384,13 +385,12 @@ class Deployment:
                 f"the arguments do not fit {target.__name__}{signature}: {err}"
             ) from None
 
-    async def _url(self, session: Session) -> str | None:
+    async def _url(self, session: Session) -> URL | None:
         prefix = self._options.effective_route_prefix
         info = await session.rpc("serve_info")
         if prefix is None or not info["http_urls"]:
             return None
-        base: str = info["http_urls"][0]
-        return base + prefix
+        return URL(info["http_urls"][0] + prefix)
 
 
 @overload

@@ -21,6 +21,7 @@ from distributed import Client
 from daskserve import pickling
 from daskserve.config import HTTPOptions
 from daskserve.exceptions import ServeConfigError, ServeError
+from daskserve.links import URL, link
 from daskserve.session import ClientSession, client_session, current_session
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Tunnel:
         options: HTTPOptions,
         asynchronous: bool,
     ) -> None:
-        self.url = ""
+        self.url = URL()
         self.trouble = ""
         self.closed = False
         self._session = session
@@ -134,11 +135,9 @@ class Tunnel:
         return f"<Tunnel {self.url} to {self._session.address}: {state}>"
 
     def _repr_html_(self) -> str:
-        url, address = html.escape(self.url), html.escape(self._session.address)
-        return (
-            f'<b>daskserve</b> on <code>{address}</code>: <a href="{url}/-/routes">'
-            f"{url}</a>"
-        )
+        address = html.escape(self._session.address)
+        shown = link(f"{self.url}/-/routes", self.url)
+        return f"<b>daskserve</b> on <code>{address}</code>: {shown}"
 
     # Steps.
 
@@ -150,12 +149,13 @@ class Tunnel:
         await dispatcher.connected()
         self._session.servers.add(self)
         try:
-            self.url = await self._server.start(
+            url = await self._server.start(
                 port=self._options.port,
                 share_port=False,
                 probe=False,
                 routes=dispatcher.snapshot["routes"],
             )
+            self.url = URL(url)
         except BaseException:
             self._session.servers.discard(self)
             raise

@@ -50,6 +50,7 @@ LAYERS = [
     "culprits",
     "reducers",
     "annotations",
+    "links",
     "config",
     "exceptions",
 ]
