@@ -1,0 +1,274 @@
+"""README's files for Slurm and Kubernetes, as they are: on a real Slurm, as pods."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from distributed import Client
+
+import daskserve as serve
+from tests.hosts import Host, open_hosts
+from tests.slurm.cluster import Slurm, open_slurm
+from tests.slurm.load import Load, handler, loaded
+from tests.test_readme import blocks
+from tests.utils import ROOT, Process, free_port, poll
+
+pytestmark = [pytest.mark.slow, pytest.mark.by_hand, pytest.mark.timeout(400)]
+
+FILES = {block.file: block.text for block in blocks() if block.file}
+
+
+class Login:
+    """A folder with README's files, and a shell in it on a machine that has Slurm's.
+
+    What differs from README: the HTTP port, and how long jobs may run.
+    """
+
+    def __init__(self, slurm: Slurm, changes: Mapping[str, str]) -> None:
+        self.slurm = slurm
+        self.folder = slurm.folder / "home"
+        self.folder.mkdir()
+        self.port = free_port()
+        self._changes = {"8000": str(self.port), **changes}
+        for name, text in FILES.items():
+            (self.folder / name).write_text(self.changed(text))
+        python = [str(Path(sys.executable).parent), os.environ["PATH"]]
+        modules = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        self.env = {
+            **os.environ,
+            "PATH": os.pathsep.join(python),
+            "PYTHONPATH": os.pathsep.join(filter(None, modules)),
+            "SLURM_CONF": str(slurm.folder / "slurm.conf"),
+            "DASK_DASKSERVE__HTTP__PORT": str(self.port),
+            "DASK_DISTRIBUTED__SCHEDULER__DASHBOARD__ADDRESS": ":0",
+        }
+
+    def changed(self, text: str) -> str:
+        for old, new in self._changes.items():
+            text = text.replace(old, new)
+        return text
+
+    def run(self, script: str, timeout: float = 120) -> str:
+        """Run lines of a shell; return what they print."""
+        done = subprocess.run(
+            ["bash", "-euc", script],
+            cwd=self.folder,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert done.returncode == 0, f"{script}: {done.stdout} {done.stderr}"
+        return done.stdout
+
+    @contextmanager
+    def running(self, *command: str) -> Iterator[Process]:
+        """Run a program until the block ends."""
+        log = self.slurm.folder / f"{Path(command[-1]).name}.log"
+        process = Process(log.stem, command, log, self.env, self.folder)
+        try:
+            yield process
+        finally:
+            process.end_group()
+
+    @contextmanager
+    def client(self) -> Iterator[Client]:
+        """Connect to the cluster that the scheduler file names."""
+        file = self.folder / "scheduler.json"
+        poll(file.exists, 60)
+        with Client(scheduler_file=str(file), timeout=60) as client:
+            yield client
+
+    def jobs(self, *states: str) -> list[int]:
+        """Return the jobs that are in one of some states."""
+        text = self.slurm.run("squeue", "-h", "-t", ",".join(states), "-o", "%i")
+        return [int(number) for number in text.split()]
+
+
+@contextmanager
+def login(nodes: int = 2, **changes: str) -> Iterator[Login]:
+    with open_slurm(nodes) as slurm:
+        made = Login(slurm, {"08:00:00": "00:05:00", **changes})
+        try:
+            yield made
+        finally:
+            outputs = sorted(made.folder.glob("*.out"))
+            print(slurm.logs(), *(path.read_text() for path in outputs), sep="\n")
+
+
+def test_from_an_empty_folder_to_an_answer() -> None:
+    """A job, a program that deploys, a tunnel on the login node and one elsewhere."""
+    [block] = [block for block in blocks() if block.command == "slurm"]
+    with login() as at:
+        script = at.changed(block.text)
+        # A background process would keep the pipe open, and has to end.
+        script = re.sub(r" &$", " >tunnel.log 2>&1 & echo $! >pid", script, flags=re.M)
+        assert at.run(script).endswith("Hello!")
+        os.kill(int((at.folder / "pid").read_text()), signal.SIGTERM)
+        poll(lambda: "Stopped." in (at.folder / "tunnel.log").read_text(), 20)
+
+
+def test_a_service_outlives_its_job() -> None:
+    """The next job, queued by the one before, has the deployments; none ran twice."""
+    with login(**{"sleep 5": "sleep 1"}) as at:
+        at.run("sbatch service.sh && python main.py")
+        file = at.folder / "scheduler.json"
+        first = file.read_text()
+        poll(lambda: len(at.jobs("PENDING")) == 1, 60)
+        [running] = at.jobs("RUNNING")
+        at.slurm.cancel(running)
+        poll(lambda: file.exists() and file.read_text() not in ("", first), 60)
+        with at.client() as client:
+            assert serve.get_deployment("hello").name == "hello"
+            poll(
+                lambda: serve.status().deployments["hello"].state == "HEALTHY", 60, 0.2
+            )
+            handle = serve.get_deployment("hello").get_handle()
+            assert handle.remote().result(timeout_s=30) == "Hello!"
+            assert client.status == "running"
+        poll(lambda: len(at.jobs("PENDING")) == 1, 60)
+        at.run("scancel --name=service")
+        poll(lambda: not at.jobs("PENDING", "RUNNING", "COMPLETING"), 60)
+
+
+def test_workers_in_jobs_that_overlap() -> None:
+    """Jobs of two minutes, the next a minute after: no request is lost."""
+    changes = {"08:00:00": "00:02:00", "+470": "+1"}
+    with login(3, **changes) as at:
+        scheduler = ["dask", "scheduler", "--scheduler-file", "scheduler.json"]
+        with at.running(*scheduler, "--host", at.slurm.address):
+            at.run("sbatch worker.sh")
+            with at.client() as client:
+                instance = serve.start(client, detached=True, http_options={"port": 0})
+                made = serve.deployment(name="handler", route_prefix="/handler")
+                made(handler).deploy()
+                [first] = at.jobs("RUNNING")
+                with loaded(Load([f"{instance.http_urls[0]}/handler"], 400)) as load:
+                    at.slurm.wait("TIMEOUT", first, timeout=240)
+                    time.sleep(5)
+            assert load.lost == [], str(load)
+            print(load)
+            at.run("scancel --name=worker")
+
+
+@pytest.mark.parametrize(
+    "command", ["python jobs.py", "srun --ntasks=4 python runner.py"]
+)
+def test_programs_of_jobqueue(command: str) -> None:
+    pytest.importorskip("dask_jobqueue")
+    changes = {'memory="8 GB"': 'memory="8 GB", job_directives_skip=["--mem"]'}
+    with login(**changes) as at:
+        with at.running(*shlex.split(command)) as process:
+            if "runner" in command:
+                with at.client():
+                    poll(lambda: healthy("hello"), 90, 0.5)
+                    handle = serve.get_deployment("hello").get_handle()
+                    assert handle.remote().result(timeout_s=30) == "Hello!"
+            else:
+                url = f"http://127.0.0.1:{at.port}/hello"
+                poll(lambda: answer(url) == "Hello!", 90, 0.5)
+                job = at.jobs("RUNNING")[0]
+                assert "tls://" in at.run(f"scontrol write batch_script {job} -")
+            assert process.poll() is None
+            if "srun" in command:
+                at.slurm.cancel(*at.jobs("RUNNING"))
+            else:
+                process.send_signal(signal.SIGINT)
+            process.wait(60)
+        poll(lambda: not at.jobs("PENDING", "RUNNING", "COMPLETING"), 60)
+
+
+def healthy(name: str) -> bool:
+    try:
+        return serve.status().deployments[name].state == "HEALTHY"
+    except (serve.ServeError, KeyError):
+        return False
+
+
+def answer(url: str) -> str | None:
+    try:
+        return httpx.get(url, timeout=5).text
+    except httpx.HTTPError:
+        return None
+
+
+class Pod:
+    """A container of the manifest, run on a host; its probe is asked from outside."""
+
+    def __init__(self, host: Host, container: Mapping[str, Any], folder: Path) -> None:
+        self.host = host
+        self.probe = container.get("readinessProbe")
+        self.pre_stop = container.get("lifecycle", {}).get("preStop")
+        name = f"{container['name']}-{host.name}"
+        args = [arg.replace("$(DASK_WORKER_NAME)", name) for arg in container["args"]]
+        env = {e["name"]: e["value"] for e in container.get("env", [])}
+        command = host.command(sys.executable, "-m", *args)
+        self.process = Process(name, command, folder / f"{name}.log", env, folder)
+
+    def ready(self) -> bool:
+        get = self.probe["httpGet"]
+        try:
+            url = f"http://{self.host.address}:8000{get['path']}"
+            return httpx.get(url, timeout=1).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def evict(self, grace_s: float) -> None:
+        """End as Kubernetes does: preStop, SIGTERM, SIGKILL when the time is over."""
+        began = time.monotonic()
+        subprocess.run(self.pre_stop["exec"]["command"], check=True)
+        self.process.signal_group(signal.SIGTERM)
+        self.process.wait(grace_s - (time.monotonic() - began))
+
+
+def test_pods_of_kubernetes(tmp_path: Path) -> None:
+    """Two workers' pods, one of which is evicted: no request is lost."""
+    cluster, service, budget = yaml.safe_load_all(FILES["cluster.yaml"])
+    worker, scheduler = (cluster["spec"][k]["spec"] for k in ("worker", "scheduler"))
+    labels = {"dask.org/cluster-name": cluster["metadata"]["name"]}
+    assert service["spec"]["selector"] == {**labels, "dask.org/component": "worker"}
+    assert budget["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
+    [container] = scheduler["containers"]
+    container["args"][-1] = str(tmp_path / "state.json")
+    [port] = worker["containers"][0]["ports"]
+    assert port["containerPort"] == 8000
+    with open_hosts(3) as hosts:
+        pods = [Pod(hosts[0], container, tmp_path)]
+        address = f"tcp://{hosts[0].address}:8786"
+        container = worker["containers"][0]
+        container["env"].append({"name": "DASK_SCHEDULER_ADDRESS", "value": address})
+        try:
+            pods += [Pod(host, container, tmp_path) for host in hosts[1:]]
+            with Client(address, timeout=60) as client:
+                client.wait_for_workers(2, timeout=60)
+                assert not pods[1].ready()
+                http = {"location": "EveryNode", "host": "0.0.0.0", "port": 8000}
+                serve.start(client, detached=True, http_options=http)
+                assert not pods[1].ready()
+                made = serve.deployment(name="hello", num_replicas=2)(handler)
+                made.deploy()
+                poll(lambda: all(pod.ready() for pod in pods[1:]), 20)
+                urls = [f"http://{pod.host.address}:8000/hello" for pod in pods[1:]]
+                with loaded(Load(urls, 400)) as load:
+                    time.sleep(3)
+                    pods[2].evict(worker["terminationGracePeriodSeconds"])
+                    time.sleep(3)
+                assert load.lost == [], str(load)
+                assert pods[1].ready() and not pods[2].ready()
+        finally:
+            for pod in pods:
+                pod.process.end_group()
+                print(pod.process.log.read_text())
