@@ -17,14 +17,14 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from distributed import Client
+from distributed import Client, SSHCluster
 
 import daskserve as serve
 from tests.hosts import Host, open_hosts
 from tests.slurm.cluster import Slurm, open_slurm
 from tests.slurm.load import Load, handler, loaded
 from tests.test_readme import blocks
-from tests.utils import ROOT, Process, free_port, poll
+from tests.utils import ROOT, Process, free_port, need_program, poll
 
 pytestmark = [pytest.mark.slow, pytest.mark.by_hand, pytest.mark.timeout(400)]
 
@@ -189,6 +189,49 @@ def test_programs_of_jobqueue(command: str) -> None:
                 process.send_signal(signal.SIGINT)
             process.wait(60)
         poll(lambda: not at.jobs("PENDING", "RUNNING", "COMPLETING"), 60)
+
+
+def test_ssh_cluster(tmp_path: Path) -> None:
+    pytest.importorskip("asyncssh")
+    key, port = tmp_path / "key", free_port()
+    command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)]
+    subprocess.run(command, check=True)
+    options = {
+        "Port": port,
+        "ListenAddress": "127.0.0.1",
+        "HostKey": key,
+        "AuthorizedKeysFile": f"{key}.pub",
+        "PidFile": tmp_path / "sshd.pid",
+        "StrictModes": "no",
+    }
+    Path("/run/sshd").mkdir(exist_ok=True)
+    command = [need_program("sshd"), "-D", "-e", "-f", "/dev/null"]
+    command += [f"-o{name}={value}" for name, value in options.items()]
+    sshd = Process("sshd", command, tmp_path / "sshd.log", {}, tmp_path)
+    try:
+        poll(lambda: "listening" in sshd.log.read_text(), 10)
+        cluster = SSHCluster(
+            ["127.0.0.1"] * 3,
+            connect_options={
+                "port": port,
+                "client_keys": [str(key)],
+                "known_hosts": None,
+            },
+            remote_python=f"env PYTHONPATH={ROOT} {sys.executable}",
+            scheduler_options={"dashboard_address": ":0"},
+        )
+        with cluster, Client(cluster) as client:
+            instance = serve.start(client, http_options={"port": 0})
+            serve.deployment(name="hello", num_replicas=2)(hello).deploy()
+            assert answer(f"{instance.http_urls[0]}/hello") == "Hello!"
+            serve.shutdown()
+    finally:
+        sshd.end_group()
+        print(sshd.log.read_text())
+
+
+def hello() -> str:
+    return "Hello!"
 
 
 def healthy(name: str) -> bool:
