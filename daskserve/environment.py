@@ -7,6 +7,7 @@ what comes before them travels as source.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import sys
 from collections.abc import Callable
@@ -14,11 +15,16 @@ from importlib.metadata import version
 from typing import Any
 
 import cloudpickle
+import dask.config
+from dask.utils import parse_timedelta
 from distributed import Client
 from distributed.diagnostics.plugin import NannyPlugin
 
 from daskserve.controller.records import PYTHON
-from daskserve.exceptions import EnvironmentMismatchError
+from daskserve.exceptions import EnvironmentMismatchError, WorkersUnreachableError
+
+#: Seconds that workers have to answer when others have.
+GRACE_S = 5
 
 _CALL = "(exec(source, namespace := {}), namespace[name](*args))[1]"
 
@@ -106,13 +112,23 @@ async def check(client: Client) -> None:
 
     Raises
     ------
+    WorkersUnreachableError
+        The scheduler cannot reach some workers, or they do not answer in the time that
+        Dask's ``comm.timeouts.connect`` gives; the text lists them.
     EnvironmentMismatchError
         One is missing, or another one, somewhere; the text lists where.
     """
     here = PYTHON, version("daskserve")
-    probe = _by_source(_probe)
-    found = dict(await client.run(eval, *probe, on_error="return"))
-    found["the scheduler"] = await client.run_on_scheduler(eval, *probe)
+    found = await _ask(client)
+    silent = {at: why for at, why in sorted(found.items()) if isinstance(why, OSError)}
+    if silent:
+        listed = "; ".join(f"{at}: {why!r}" for at, why in silent.items())
+        raise WorkersUnreachableError(
+            "The scheduler does not reach workers "
+            f"that have connected to it: {listed}. A firewall between them, a process "
+            "that stands still, or code that holds the GIL is the cause. Let the "
+            "scheduler reach their ports (`dask worker --worker-port`), or end them."
+        )
     wrong = {where: there for where, there in sorted(found.items()) if there != here}
     if wrong:
         listed = "; ".join(f"{at}: {_named(there)}" for at, there in wrong.items())
@@ -121,6 +137,34 @@ async def check(client: Client) -> None:
             f"all workers, as they are here ({sys.executable}). It is not so on "
             f"{listed}. Install them there and restart, or take a client like these."
         )
+
+
+async def _ask(client: Client) -> dict[str, Any]:
+    """Return what is where, or the error of asking there."""
+    probe = _by_source(_probe)
+    limit_s = parse_timedelta(dask.config.get("distributed.comm.timeouts.connect"))
+    found = {"the scheduler": await client.run_on_scheduler(eval, *probe)}
+    asked = client.run(eval, *probe, on_error="return")
+    try:
+        # Dask itself gives up connecting after so long, and waits for ever after that.
+        return found | dict(await asyncio.wait_for(asked, limit_s + GRACE_S))
+    except TimeoutError:
+        pass
+    scheduler: Any = client.scheduler
+    workers = (await scheduler.identity(n_workers=-1))["workers"]
+
+    async def ask(worker: str) -> Any:
+        asked = client.run(eval, *probe, workers=[worker], on_error="return")
+        try:
+            return (await asyncio.wait_for(asked, GRACE_S))[worker]
+        except KeyError:
+            return OSError("gone")
+        except TimeoutError:
+            return TimeoutError(f"no answer for {limit_s:g} s")
+
+    return found | dict(
+        zip(workers, await asyncio.gather(*map(ask, workers)), strict=True)
+    )
 
 
 def _named(found: Any) -> str:

@@ -4,6 +4,7 @@ ServeError
 ├── ServeNotRunningError   (RuntimeError)   no instance on the cluster
 ├── ServeConfigError       (ValueError)     options contradict each other
 ├── EnvironmentMismatchError                daskserve missing or another one
+├── WorkersUnreachableError                 that are behind a firewall, or stand still
 ├── ProxyStartError        (RuntimeError)   an HTTP server could not be started
 ├── PicklingError          (TypeError)      user code or a value that cannot travel
 ├── DeploymentFailedError  (RuntimeError)   deploy() did not end with healthy replicas
@@ -39,6 +40,10 @@ class ServeConfigError(ServeError, ValueError):
 
 class EnvironmentMismatchError(ServeError):
     """daskserve is missing or of another version on a part of the cluster."""
+
+
+class WorkersUnreachableError(ServeError, RuntimeError):
+    """The scheduler does not reach workers that have connected to it."""
 
 
 class ProxyStartError(ServeError, RuntimeError):

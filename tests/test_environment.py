@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import pickletools
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import dask
 import httpx
 import pytest
 
 import daskserve as serve
 from daskserve import environment
 from daskserve.controller.records import PYTHON
-from daskserve.exceptions import EnvironmentMismatchError
+from daskserve.exceptions import EnvironmentMismatchError, WorkersUnreachableError
 from daskserve.worker import ServeWorkerPlugin
+from tests.hosts import HostCluster, open_hosts
 from tests.utils import (
     ROOT,
     ProcessCluster,
@@ -86,6 +90,38 @@ def test_one_error_lists_where_it_is_missing(tmp_path: Path) -> None:
         assert f"{addresses['w1']}: Python {PYTHON}, daskserve missing" in text
         assert f"{addresses['w2']}: Python {PYTHON}, daskserve 0.0.1" in text
         assert addresses["w0"] not in text
+
+
+@pytest.mark.parametrize("how", ["stopped", "firewall"])
+def test_workers_out_of_reach_are_named_as_such(how: str) -> None:
+    """One that stands still, and one that only others' connections do not get to."""
+    cluster: ProcessCluster
+    with contextlib.ExitStack() as stack:
+        env = {"DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "2s"}
+        if how == "firewall":
+            hosts = stack.enter_context(open_hosts(3))
+            cluster = HostCluster(hosts[0], hosts[1:], env=env)
+        else:
+            cluster = ProcessCluster(2, nanny=False, env=env)
+        stack.enter_context(cluster)
+        stack.enter_context(
+            dask.config.set({"distributed.comm.timeouts.connect": "2s"})
+        )
+        stack.enter_context(cluster.client())
+        reached, address = (names_and_addresses(cluster)[w] for w in ("w0", "w1"))
+        with contextlib.ExitStack() as out_of_reach:
+            if how == "firewall":
+                out_of_reach.enter_context(hosts[2].firewall())
+            else:
+                cluster.workers[1].send_signal(signal.SIGSTOP)
+                out_of_reach.callback(cluster.workers[1].send_signal, signal.SIGCONT)
+            with pytest.raises(WorkersUnreachableError) as info:
+                serve.start(http_options={"port": 0})
+        text = str(info.value)
+        assert address in text and reached not in text
+        assert "missing" not in text
+        # As soon as it can be reached, all is well.
+        serve.start(http_options={"port": 0})
 
 
 def test_missing_on_the_scheduler(tmp_path: Path) -> None:
