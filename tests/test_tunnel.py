@@ -107,7 +107,12 @@ class App:
 
 
 @pytest.fixture(
-    scope="module", params=["tcp", pytest.param("tls", marks=pytest.mark.long)]
+    scope="module",
+    params=[
+        "tcp",
+        pytest.param("tls", marks=pytest.mark.long),
+        pytest.param("ws", marks=pytest.mark.by_hand),
+    ],
 )
 def cluster(request: pytest.FixtureRequest) -> Iterator[ProcessCluster]:
     with ProcessCluster(2, nanny=False, protocol=request.param) as cluster:

@@ -149,7 +149,7 @@ class ProcessCluster:
         *,
         nanny: bool | Sequence[bool] = True,
         nthreads: int = 1,
-        protocol: Literal["tcp", "tls"] = "tcp",
+        protocol: Literal["tcp", "tls", "ws"] = "tcp",
         worker_args: Sequence[str] = (),
         scheduler_args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
