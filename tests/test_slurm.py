@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+import daskserve as serve
 from tests.slurm.cluster import Track, open_slurm
 from tests.slurm.endings import LIMIT_S, Ending, Requeue, Scancel, run
 from tests.slurm.load import loaded
@@ -51,3 +52,29 @@ def test_walltime() -> None:
             site.wait_for_replicas(3)
             time.sleep(2)
         assert load.lost == [], f"{load}\n{site.logs()}"
+
+
+@pytest.mark.by_hand
+@pytest.mark.timeout(600)
+def test_time_limits_change() -> None:
+    """A job of two minutes gets more time, and then less again: it is asked about."""
+    with open_slurm(2) as slurm, open_site(slurm) as site:
+        job = site.submit("--time=2")
+        site.wait_for_workers(1)
+        began = time.monotonic()
+        site.deploy(1)
+        slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+        with loaded(site.load(400)) as load:
+            time.sleep(45)  # it is asked again after 30 s
+            site.submit()
+            site.wait_for_workers(2)
+            # Would it end when it was to, its replica would have moved.
+            time.sleep(max(0.0, began + 110 - time.monotonic()))
+            [replica] = serve.status().deployments["handler"].replicas
+            assert replica.worker in site.workers_of(job)
+            slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=6")
+            slurm.wait("TIMEOUT", job, timeout=LIMIT_S + 300)
+            site.wait_for_replicas(1)
+            time.sleep(2)
+        assert load.lost == [], f"{load}\n{site.logs()}"
+        print(load)

@@ -14,7 +14,7 @@ from distributed import Client
 import daskserve as serve
 from tests.slurm.cluster import Slurm, open_slurm
 from tests.slurm.load import Load, handler
-from tests.utils import ROOT, ProcessCluster, poll
+from tests.utils import ROOT, ProcessCluster, poll, scheduler_workers
 
 #: How the batch script runs `dask worker`. Where bash waits for it, a signal for the
 #: whole job ends bash, and Slurm then kills what is left of the script at once.
@@ -96,6 +96,11 @@ class Site:
 
     def wait_for_workers(self, count: int, timeout: float = 60) -> None:
         self.head.wait_for_workers(count, timeout)
+
+    def workers_of(self, job: int) -> set[str]:
+        """Return the addresses of the workers on a job's node."""
+        node = self.slurm.nodes[self.slurm.job(job)["NodeList"]]
+        return {a for a in scheduler_workers(self.client) if f"/{node.address}:" in a}
 
     def deploy(self, num_replicas: int) -> None:
         """Start the service, once its workers are there."""
