@@ -24,7 +24,7 @@ from daskserve.replica.context import (
     leave_request,
 )
 from daskserve.replica.owners import keep
-from daskserve.replica.servable import MODELS
+from daskserve.replica.servable import MODEL_LIMIT, MODELS
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
@@ -305,6 +305,7 @@ def _decorate(function: Any, options: MultiplexOptions) -> Any:
             models = holder[get] = Models(load, options.unload, limit, changed)
         return await models.get(model_id)
 
+    setattr(get, MODEL_LIMIT, options.max_num_models_per_replica)
     return get
 
 

@@ -331,6 +331,28 @@ def site() -> Iterator[Site]:
 
 
 @pytest.mark.slow
+def test_first_requests_all_at_once_push_no_model_out(site: Site) -> None:
+    """How many a replica keeps is known before it has loaded any."""
+
+    class Shelf:
+        @serve.multiplexed(max_num_models_per_replica=4)
+        async def get_model(self, model_id: str) -> str:
+            await asyncio.sleep(0.1)
+            return serve.get_replica_context().replica_tag
+
+        async def __call__(self) -> str:
+            return str(await self.get_model())  # type: ignore[call-arg]
+
+    for _ in range(3):
+        shelf = site.deploy(Shelf, num_replicas=2)
+        handle = shelf.get_handle()
+        models = [handle.options(multiplexed_model_id=f"m{n}") for n in range(8)]
+        calls = [model.remote() for model in models]
+        tags = [call.result(timeout_s=20) for call in calls]
+        assert sorted(Counter(tags).values()) == [4, 4]
+
+
+@pytest.mark.slow
 def test_requests_find_the_replica_that_has_their_model(site: Site) -> None:
     class Zoo:
         def __init__(self) -> None:

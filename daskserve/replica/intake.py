@@ -172,13 +172,14 @@ class Intake:
             way.send(message)
 
     def tell_models(self, reply_to: ReplyTo) -> None:
-        """Tell a caller which models are here, even if there are none."""
+        """Tell a caller which models are here, or how many can be if there are none."""
         if reply_to.caller not in self._callers:
             self._meet(reply_to)
         elif self._greeting is not None:
             reply_to.send(self._greeting)
         if self._greeting is None:
-            reply_to.send((MODELS, 0, self._replica_id, 0, 0, ()))
+            limit = self._servable.model_limit
+            reply_to.send((MODELS, 0, self._replica_id, limit, 0, ()))
 
     def ways(self) -> Iterable[ReplyTo]:
         """Return the channels to all callers."""

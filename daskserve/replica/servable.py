@@ -40,6 +40,8 @@ from daskserve.replica.times import Times
 
 #: Where an object keeps what ``@serve.multiplexed`` has loaded, each with ``clear()``.
 MODELS = "_daskserve_models"
+#: Where a function of ``@serve.multiplexed`` says how many it keeps; None: all.
+MODEL_LIMIT = "_daskserve_model_limit"
 #: Results that nobody can change.
 _LASTING = frozenset({type(None), bool, int, float, str, bytes})
 #: Results that stand for others: those of Dask's tasks, and of calls.
@@ -108,6 +110,13 @@ class Servable:
     def state(self) -> dict[str, Any] | None:
         """What the app's lifespan left for its requests."""
         return None if self._lifespan is None else self._lifespan.state
+
+    @property
+    def model_limit(self) -> int:
+        """How many models its class says it keeps; 0: all, or none says so."""
+        members = [f for each in type(self.object).__mro__ for f in vars(each).values()]
+        limits = [vars(f).get(MODEL_LIMIT) for f in members if inspect.isfunction(f)]
+        return min((limit for limit in limits if limit is not None), default=0)
 
     # What its threads do.
 

@@ -85,7 +85,7 @@ class ModelPlaces(Generic[S]):
         now
             Time in seconds.
         """
-        if load_s or ids:  # else it does not know yet itself
+        if limit or load_s or ids:  # else it does not know yet itself
             self._limit = limit
         if load_s:
             self.load_s = max(load_s, LEAST_LOAD_S)
