@@ -29,7 +29,9 @@ def run(tmp_path: Path, pattern: str, seconds: float) -> dict[str, Any]:
     file = tmp_path / "figures.json"
     command = [sys.executable, "-m", "tests.benchmarks", "--json", str(file)]
     command += ["--rows", pattern, "--seconds", str(seconds), "--rounds", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=110
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(file.read_text())
     assert (report["seconds"], report["rounds"]) == (seconds, 1)
@@ -42,7 +44,8 @@ def run(tmp_path: Path, pattern: str, seconds: float) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.long
 def test_requests(tmp_path: Path) -> None:
-    (row,) = run(tmp_path, "starlette/every-2/c=10$", 1).values()
+    # With few connections, the kernel may well give one of two proxies none.
+    (row,) = run(tmp_path, "starlette/every-2/c=100$", 1).values()
     assert 0 < row["medians"]["req/s"]["ratio"]
     assert 0 < row["ours"][0]["p50 us"] < 1e6
 

@@ -39,7 +39,7 @@ def test_connections_grow_with_workers_and_not_with_replicas() -> None:
     assert connections(10, 20) == 30
 
 
-@pytest.mark.long
+@pytest.mark.by_hand
 def test_command_with_a_cluster_of_64_workers() -> None:
     command = [sys.executable, "-m", "tests.benchmarks.growth", "--sizes", "5", "10"]
     done = subprocess.run(

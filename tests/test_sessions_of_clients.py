@@ -26,7 +26,10 @@ STEPS = 5
 _numbers = itertools.count(1)
 
 
-@pytest.fixture(scope="module", params=["HeadOnly", "EveryNode"])
+@pytest.fixture(
+    scope="module",
+    params=["HeadOnly", pytest.param("EveryNode", marks=pytest.mark.by_hand)],
+)
 def site(request: pytest.FixtureRequest) -> Iterator[Site]:
     with open_site(3, location=request.param) as made:
         yield made

@@ -562,7 +562,7 @@ def test_nothing_piles_up_in_the_scheduler() -> None:
             assert len(answer.result(60)) == 100 * MB
 
 
-@pytest.mark.long
+@pytest.mark.by_hand
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("slow", ["client", "link"])
 def test_a_gigabyte_to_a_slow_reader(slow: str) -> None:
