@@ -300,6 +300,17 @@ def _resources(value: object) -> dict[str, float]:
     return {key: float(amount) for key, amount in value.items()}
 
 
+def _unavailable(value: object) -> int | str:
+    if _is_whole(value) and value >= 0:
+        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"(100|\d{1,2})%", value):
+        return value
+    raise ValueError(
+        f"{value!r} is not allowed: give a number of replicas, 0 or more, or a part of "
+        "them, from '0%' to '100%'; or None for 1 where there is no room for one more"
+    )
+
+
 def _workers(value: object) -> tuple[str, ...]:
     addresses = (value,) if isinstance(value, str) else value
     if (
@@ -729,6 +740,11 @@ class DeploymentOptions(_Options):
         Sync calls that run at once in a replica, 1 or more.
     max_queued_requests
         Requests that may wait, over all replicas, 0 or more; None, or -1, for no limit.
+    max_unavailable
+        How many replicas fewer than before may serve while others of another version
+        take their places, if there is no room for one more beside them: a number, or a
+        part such as ``"25%"``, rounded down, as in Kubernetes. None: 1 of two or more,
+        and a single one stays until the new one runs.
     session_affinity
         Where a request has the id of its session: ``{"header": name}``,
         ``{"cookie": name}`` or ``{"query": name}``. A session stays on its replica
@@ -784,6 +800,9 @@ class DeploymentOptions(_Options):
     threads: Count = _configured("deployment.threads")
     max_queued_requests: Annotated[int, _whole_number(0)] | None = _configured(
         "deployment.max-queued-requests"
+    )
+    max_unavailable: Annotated[int | str, PlainValidator(_unavailable)] | None = (
+        _configured("deployment.max-unavailable")
     )
     session_affinity: Annotated[dict[str, str], PlainValidator(_affinity)] | None = None
     resources: Annotated[dict[str, float], PlainValidator(_resources)] | None = None

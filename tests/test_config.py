@@ -467,6 +467,7 @@ def test_deployment_defaults() -> None:
         "max_websockets": 1000,
         "threads": 1,
         "max_queued_requests": 1000,
+        "max_unavailable": None,
         "session_affinity": None,
         "resources": None,
         "workers": None,
@@ -510,6 +511,11 @@ def test_deployment_defaults() -> None:
         ("max_queued_requests", 0, 0),
         ("max_queued_requests", None, None),
         ("max_queued_requests", -1, None),
+        ("max_unavailable", None, None),
+        ("max_unavailable", 0, 0),
+        ("max_unavailable", np.int64(3), 3),
+        ("max_unavailable", "0%", "0%"),
+        ("max_unavailable", "100%", "100%"),
         ("session_affinity", None, None),
         (
             "session_affinity",
@@ -577,6 +583,13 @@ def test_deployment_option(name: str, value: object, result: object) -> None:
         ("threads", True),
         ("threads", 2.5),
         ("threads", None),
+        ("max_unavailable", -1),
+        ("max_unavailable", "1"),
+        ("max_unavailable", "101%"),
+        ("max_unavailable", "-1%"),
+        ("max_unavailable", "25 %"),
+        ("max_unavailable", 0.5),
+        ("max_unavailable", True),
         ("max_queued_requests", -2),
         ("max_queued_requests", 1.5),
         ("max_queued_requests", True),
@@ -639,7 +652,7 @@ def test_options_that_were_pickled_when_there_were_fewer() -> None:
 
 
 #: Options that are not in the state files of the first versions.
-NEW = ["threads", "abandoned_call_timeout_s", "max_websockets"]
+NEW = ["threads", "abandoned_call_timeout_s", "max_websockets", "max_unavailable"]
 
 
 def test_autoscaling_config_reads_back_as_given() -> None:

@@ -734,6 +734,49 @@ def test_resources_are_respected(instance: serve.ServeInstance) -> None:
     assert len(running("late")) == 1
 
 
+def test_an_update_without_room_takes_places_one_by_one(
+    instance: serve.ServeInstance, url: str
+) -> None:
+    """All resources are its own: one replica serves at any time, and none is lost."""
+
+    @serve.deployment(num_replicas=3, resources={"chip": 2}, route_prefix="/chips")
+    class Chips:
+        def __init__(self, version: str) -> None:
+            self.version = version
+
+        def __call__(self) -> str:
+            time.sleep(0.002)
+            return self.version
+
+    Chips.options(version="1").deploy("one")
+    answers: list[tuple[int, str]] = []
+    over = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(timeout=20) as client:
+            while not over.is_set():
+                answer = client.get(f"{url}/chips")
+                answers.append((answer.status_code, answer.text))
+
+    with ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(ask) for _ in range(8)]
+        try:
+            poll(lambda: len(answers) > 100)
+            Chips.options(version="2").deploy("two")
+            after = len(answers)
+            poll(lambda: len(answers) > after + 100)
+        finally:
+            over.set()
+        for each in asking:
+            each.result()
+    assert {status for status, _ in answers} == {200}
+    assert {text for _, text in answers[after + 8 :]} == {"two"}
+    assert len(running("Chips")) == 3
+    # The other way, by rollback(), just so.
+    serve.get_deployment("Chips").rollback()
+    assert get(f"{url}/chips") == (200, "one")
+
+
 def test_workers_are_respected(instance: serve.ServeInstance, client: Client) -> None:
     there = scheduler_workers(client)
     address, other, _ = there

@@ -866,8 +866,8 @@ def test_rolling_update() -> None:
     assert (started(actions), stopped(actions)) == ([3], [])
     assert rig.replica(4)["reason"] == (
         "waits for a worker: all GPU in use: 3 of 3 held by replicas of f; its old "
-        "replicas stop only after new ones run: make room for one more, or delete() "
-        "it first"
+        "replicas stop only after new ones run: make room for one more, set "
+        "max_unavailable=1, or delete() it first"
     )
     assert rig.routed() == [1, 2]
     # One new one runs, so one old one goes, and both kinds serve.
@@ -967,20 +967,80 @@ def test_old_replicas_that_only_start_give_way_first() -> None:
     assert Settle(ticket) in rig.start(4, 9)
 
 
-def test_no_room_for_even_one_new_replica() -> None:
-    rig = gpu_rig(2)
-    ticket = rig.deploy(version="2", resources={"GPU": 1})
+@pytest.mark.parametrize(("number", "options"), [(2, {"max_unavailable": 0}), (1, {})])
+def test_no_room_for_even_one_new_replica(number: int, options: dict[str, Any]) -> None:
+    rig = Rig(number, gpus=1)
+    spec = replace(SPEC, resources={"GPU": 1}, num_replicas=number)
+    rig.healthy(spec)
+    running = list(range(1, number + 1))
+    ticket = rig.deploy(spec, version="2", **options)
     assert rig.reconcile() == []
-    assert rig.routed() == [1, 2]
+    assert rig.routed() == running
     actions = rig.wait(300)
     text = failure(actions, ticket).text
     assert text.startswith(
-        "deployment 'f' failed: 0 of 2 replicas ready after 300 s; its former version "
-        "'1' goes on serving\n\nf#000002: waits for a worker: all GPU in use: 2 of 2 "
-        "held by replicas of f; its old replicas stop only after new ones run"
+        f"deployment 'f' failed: 0 of {number} replicas ready after 300 s; its former "
+        f"version '1' goes on serving\n\nf#00000{number}: waits for a worker: all GPU "
+        f"in use: {number} of {number} held by replicas of f; its old replicas stop "
+        "only after new ones run: make room for one more, set max_unavailable=1, or"
     )
     assert actions == [Settle(ticket, Failure("DeploymentFailedError", text))]
+    assert rig.routed() == running
+
+
+def test_without_room_replicas_are_replaced_one_by_one() -> None:
+    rig = Rig(3, gpus=1)
+    spec = replace(SPEC, resources={"GPU": 1}, num_replicas=3)
+    rig.healthy(spec)
+    ticket = rig.deploy(spec, version="2")
+    assert stopped(rig.reconcile()) == [3]
     assert rig.routed() == [1, 2]
+    assert rig.replica(4)["reason"] == (
+        "waits for a worker: all GPU in use: 3 of 3 held by replicas of f; its old "
+        "replicas give way one after the other"
+    )
+    assert rig.wait(1) == []  # not another one meanwhile
+    assert started(rig.stop(3)) == [4]
+    assert rig.wait(1) == []
+    assert stopped(rig.start(4)) == [2]
+    assert rig.routed() == [1, 4]
+    assert started(rig.stop(2)) == [5]
+    assert stopped(rig.start(5)) == [1]
+    assert rig.routed() == [4, 5]
+    assert started(rig.stop(1)) == [6]
+    assert Settle(ticket) in rig.start(6)
+    assert rig.routed() == [4, 5, 6]
+
+
+def test_old_replicas_come_back_when_the_new_code_fails_without_room() -> None:
+    rig = gpu_rig(2)
+    ticket = rig.deploy(version="2", resources={"GPU": 1})
+    assert stopped(rig.reconcile()) == [2]
+    actions = rig.stop(2)
+    while not any(isinstance(action, Settle) for action in actions):
+        assert rig.routed() == [1]
+        [new] = started(actions) or started(rig.wait(6))
+        actions = rig.fail(new)
+    failure(actions, ticket)
+    [back] = started(actions)
+    rig.start(back)
+    assert rig.routed() == [1, back]
+    assert rig.status()["state"] == "DEPLOY_FAILED"
+
+
+@pytest.mark.parametrize(
+    ("number", "given", "at_once"),
+    [(1, 1, [1]), (1, "99%", []), (4, 2, [4, 3]), (4, "50%", [4, 3]), (4, "24%", [])],
+)
+def test_how_many_may_be_missing(
+    number: int, given: int | str, at_once: list[int]
+) -> None:
+    rig = Rig(number, gpus=1)
+    spec = replace(SPEC, resources={"GPU": 1}, num_replicas=number)
+    rig.healthy(spec)
+    rig.deploy(spec, version="2", max_unavailable=given)
+    assert stopped(rig.reconcile()) == at_once
+    assert rig.wait(1) == []
 
 
 def test_old_replicas_stay_where_their_room_would_not_help() -> None:

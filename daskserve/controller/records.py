@@ -77,6 +77,9 @@ class Spec:
         The kind of what has a session's id, and its name. None: no affinity.
     future_keys
         Of Dask's tasks whose values are among the constructor's arguments.
+    max_unavailable
+        How many replicas fewer may serve during an update, or a part such as "25%".
+        None: 1 of two or more.
     """
 
     name: str
@@ -106,6 +109,7 @@ class Spec:
     abandoned_call_timeout_s: float | None = 600.0
     session_affinity: Mapping[str, str] | None = None
     future_keys: tuple[Any, ...] = ()
+    max_unavailable: int | str | None = None
 
     @property
     def watch(self) -> Watch:

@@ -267,14 +267,30 @@ def _place_pending(d: ManagedDeployment, goal: Goal, this: Pass) -> int:
 def _note_unplaceable(
     d: ManagedDeployment, replicas: list[Replica], found: Unplaceable
 ) -> int:
+    hint = ""
     mine = d.former is not None and d.name in found.holders
-    hint = (
-        "; its old replicas stop only after new ones run: make room for one more, "
-        "or delete() it first"
-    )
+    if d.former is not None and mine:
+        hint = "; its old replicas give way one after the other"
+        if not _may_be_missing(d, d.former):
+            hint = (
+                "; its old replicas stop only after new ones run: make room for one "
+                "more, set max_unavailable=1, or delete() it first"
+            )
     for replica in replicas:
-        replica.reason = f"waits for a worker: {found.reason}{hint if mine else ''}"
+        replica.reason = f"waits for a worker: {found.reason}{hint}"
     return len(replicas) if mine else 0
+
+
+def _may_be_missing(d: ManagedDeployment, former: Goal) -> int:
+    """How many replicas fewer than before may serve while new code takes over."""
+    given, before = d.target.spec.max_unavailable, former.spec.num_replicas
+    if isinstance(given, str):
+        return before * int(given.removesuffix("%")) // 100
+    if given is not None:
+        return given
+    # Where one more has room, none needs to be missing.
+    there = sum(bool(r.worker) for r in d.replicas.values())
+    return int(before > 1 and there <= before)
 
 
 def _start(
@@ -303,12 +319,13 @@ def _start(
 def _make_room(d: ManagedDeployment, former: Goal, crowded: int, this: Pass) -> None:
     """Let old replicas give way to new ones, one for one.
 
-    Never below the old number, counting both; and the last old one only to the last
-    new one, since more of them might find no room ever, and the deployment would have
-    nothing left to go back to.
+    Not below the old number, counting both, but for what may be missing; and the last
+    old one only to the last new one, since more of them might find no room ever, and
+    the deployment would have nothing left to go back to.
     """
     old, new = d.running(former), d.running(d.target)
-    if not new:
+    missing_too = _may_be_missing(d, former)
+    if not new and not missing_too:
         return
     there = Counter(
         r.worker for r in d.replicas.values() if r.generation == former.generation
@@ -324,7 +341,7 @@ def _make_room(d: ManagedDeployment, former: Goal, crowded: int, this: Pass) -> 
     missing = d.target.spec.num_replicas - d.ready(d.target)
     number = min(
         crowded - going - len(idle),
-        len(old) + len(new) - former.spec.num_replicas,
+        len(old) + len(new) + missing_too - former.spec.num_replicas,
         len(old) - (missing > 1),
     )
     newest_first = [r for r in reversed(useful) if r.state == ReplicaState.RUNNING]
