@@ -81,8 +81,6 @@ class ManagedDeployment:
     delete_tickets: list[int] = field(default_factory=list)
     #: Nothing to do until an event comes or a worker leaves.
     at_rest: bool = False
-    #: Whether to look for replicas that are better elsewhere.
-    spreading: bool = False
     #: What `reports` found for proxies and handles; holds while the deployment rests.
     routing: dict[str, Any] | None = None
     #: Code and configurations are numbered together.
@@ -301,11 +299,7 @@ class ManagedDeployment:
         return replica
 
     def stop(
-        self,
-        replica: Replica,
-        now: float,
-        at_most_s: float = float("inf"),
-        at_least_s: float = 0.0,
+        self, replica: Replica, now: float, at_most_s: float = float("inf")
     ) -> None:
         """Tell a replica to drain; one that was never sent just vanishes.
 
@@ -315,14 +309,13 @@ class ManagedDeployment:
             Any that is not stopping yet.
         now
             Time in seconds.
-        at_most_s, at_least_s
-            Limits of its grace period.
+        at_most_s
+            Upper limit of its grace period.
         """
         if replica.state == ReplicaState.PENDING:
             self._forget(replica)
             return
-        grace_s = max(replica.spec.graceful_shutdown_timeout_s, at_least_s)
-        grace_s = min(grace_s, at_most_s)
+        grace_s = min(replica.spec.graceful_shutdown_timeout_s, at_most_s)
         poll_s = replica.spec.graceful_shutdown_wait_loop_s
         replica.enter(ReplicaState.STOPPING, "draining", now)
         replica.stop_deadline = now + grace_s + STOP_MARGIN_S

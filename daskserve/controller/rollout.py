@@ -13,7 +13,7 @@ from functools import cached_property
 
 from daskserve.controller import events, health
 from daskserve.controller.actions import ReconfigureReplica, StartReplica
-from daskserve.controller.deployment_state import STOP_MARGIN_S, ManagedDeployment
+from daskserve.controller.deployment_state import ManagedDeployment
 from daskserve.controller.goals import count_failure, judge, waits_for
 from daskserve.controller.moving import lender, let_go, mark_outgoing
 from daskserve.controller.placement import (
@@ -25,7 +25,6 @@ from daskserve.controller.placement import (
     matches,
 )
 from daskserve.controller.records import Goal, Replica, ReplicaState
-from daskserve.controller.spreading import give_up_spreading, spread
 
 
 @dataclass(kw_only=True)
@@ -85,14 +84,13 @@ def observe(d: ManagedDeployment, now: float, views: Mapping[str, WorkerView]) -
         The workers of the cluster by address.
     """
     _lose_workers(d, now, views)
-    _give_up_draining(d, now, views)
+    _give_up_draining(d, now)
     mark_outgoing(d, now, views)
     if d.deleting:
         return
     if d.target.in_progress:
         judge(d, now)
     _give_up_overdue(d, now)
-    give_up_spreading(d)
     for goal in d.upkeep():
         if goal.reached and goal.failures and d.ready(goal) >= goal.spec.num_replicas:
             goal.forget_failures()
@@ -110,18 +108,9 @@ def _lose_workers(
         events.lost(d, replicas, reason, now, blame=True)
 
 
-def _give_up_draining(
-    d: ManagedDeployment, now: float, views: Mapping[str, WorkerView]
-) -> None:
+def _give_up_draining(d: ManagedDeployment, now: float) -> None:
     for replica in list(d.replicas.values()):
-        if replica.state != ReplicaState.STOPPING:
-            continue
-        view = views.get(replica.worker)
-        if d.deleting or (view is not None and view.leaving):
-            # One that had no need to hurry has now.
-            usual = now + replica.spec.graceful_shutdown_timeout_s + STOP_MARGIN_S
-            replica.stop_deadline = min(replica.stop_deadline, usual)
-        if now >= replica.stop_deadline:
+        if replica.state == ReplicaState.STOPPING and now >= replica.stop_deadline:
             d.release(replica)
 
 
@@ -163,8 +152,6 @@ def advance(d: ManagedDeployment, this: Pass) -> None:
         d.target.rolling = True
     goals = d.upkeep()
     _stop_unwanted(d, goals, this.now)
-    if d.spreading and not d.deleting:
-        spread(d, this.views, this.occupancy)
     let_go(d, goals, this.now, this.views)
     for goal in goals:
         _trim(d, goal, this)
@@ -387,7 +374,7 @@ def _helps(
 
 
 def _is_in_order(d: ManagedDeployment) -> bool:
-    if d.deleting or d.target.in_progress or d.spreading:
+    if d.deleting or d.target.in_progress:
         return False
     goal = d.target if d.target.reached else d.serving
     wanted = goal.spec.num_replicas if goal else 0

@@ -52,8 +52,6 @@ class ControllerState:
         Number of the first replica.
     max_failures
         How many failed constructors a ``deploy()`` may see, by ``num_replicas``.
-    spread_after_s
-        How long after a worker has come replicas spread. None: never.
     """
 
     def __init__(
@@ -62,7 +60,6 @@ class ControllerState:
         new_suffix: Callable[[], str],
         first_id: int = 1,
         max_failures: Callable[[int], int] = default_max_failures,
-        spread_after_s: float | None = None,
     ) -> None:
         self._shared = Shared(
             ids=count(first_id), new_suffix=new_suffix, max_failures=max_failures
@@ -72,10 +69,6 @@ class ControllerState:
         #: Deleted ones with replicas left; names may come twice and be live again.
         self._draining: list[ManagedDeployment] = []
         self._shutdown_tickets: list[int] = []
-        self._spread_after_s = spread_after_s
-        self._workers: frozenset[str] = frozenset()
-        #: When to look for replicas that are better elsewhere.
-        self._spread_at: float | None = None
 
     # Wishes
 
@@ -423,11 +416,6 @@ class ControllerState:
         if found := self._find(replica_id):
             events.reconfigured(*found, config_generation, error, now)
 
-    @property
-    def is_spreading(self) -> bool:
-        """Whether replicas may move although their workers stay."""
-        return any(d.spreading for d in self._live.values())
-
     def routing_known(self) -> None:
         """Note that everybody has what :meth:`routing` returned last."""
         for d in self._live.values():
@@ -550,7 +538,6 @@ class ControllerState:
             What to do, in order. Asked again with nothing changed: nothing. Routing
             is as it should be before the calls named in ``Settle`` return.
         """
-        self._note_workers(now, views)
         everything = self._all()
         busy = [d for d in everything if not is_at_rest(d, views)]
         for d in busy:
@@ -560,19 +547,6 @@ class ControllerState:
             advance(d, this)
         self._end_deletes()
         return self._shared.flush()
-
-    def _note_workers(self, now: float, views: Mapping[str, WorkerView]) -> None:
-        """Let deployments spread some time after a worker has come."""
-        if views.keys() != self._workers:
-            new = self._spread_at is None and views.keys() - self._workers
-            if new and self._spread_after_s is not None:
-                self._spread_at = now + self._spread_after_s
-            self._workers = frozenset(views)
-        if self._spread_at is not None and now >= self._spread_at:
-            self._spread_at = None
-            for d in self._live.values():
-                if len(d.replicas) > 1:
-                    d.spreading, d.at_rest = True, False
 
     def _end_deletes(self) -> None:
         gone = [d for d in self._draining if not d.replicas]
