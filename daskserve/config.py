@@ -303,7 +303,7 @@ def _resources(value: object) -> dict[str, float]:
 def _unavailable(value: object) -> int | str:
     if _is_whole(value) and value >= 0:
         return int(value)
-    if isinstance(value, str) and re.fullmatch(r"(100|\d{1,2})%", value):
+    if isinstance(value, str) and re.fullmatch(r"(100|[0-9]{1,2})%", value):
         return value
     raise ValueError(
         f"{value!r} is not allowed: give a number of replicas, 0 or more, or a part of "

@@ -588,6 +588,7 @@ def test_deployment_option(name: str, value: object, result: object) -> None:
         ("max_unavailable", "101%"),
         ("max_unavailable", "-1%"),
         ("max_unavailable", "25 %"),
+        ("max_unavailable", "\u0663%"),
         ("max_unavailable", 0.5),
         ("max_unavailable", True),
         ("max_queued_requests", -2),

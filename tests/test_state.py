@@ -997,7 +997,7 @@ def test_without_room_replicas_are_replaced_one_by_one() -> None:
     assert rig.routed() == [1, 2]
     assert rig.replica(4)["reason"] == (
         "waits for a worker: all GPU in use: 3 of 3 held by replicas of f; its old "
-        "replicas give way one after the other"
+        "replicas give way where that makes room"
     )
     assert rig.wait(1) == []  # not another one meanwhile
     assert started(rig.stop(3)) == [4]
@@ -1010,6 +1010,29 @@ def test_without_room_replicas_are_replaced_one_by_one() -> None:
     assert started(rig.stop(1)) == [6]
     assert Settle(ticket) in rig.start(6)
     assert rig.routed() == [4, 5, 6]
+
+
+@pytest.mark.parametrize(("may", "at_once"), [(None, []), (2, [2, 1]), (1, [])])
+def test_none_gives_way_where_too_few_may(may: int | None, at_once: list[int]) -> None:
+    """A new replica takes the room of two old ones."""
+    rig = Rig(1, gpus=3)
+    rig.healthy(replace(SPEC, resources={"GPU": 1}, num_replicas=3))
+    rig.deploy(version="2", resources={"GPU": 2}, num_replicas=1, max_unavailable=may)
+    assert stopped(rig.reconcile()) == [n + 1 for n in at_once]
+    rig.wait(10)
+    assert len(rig.routed()) == 3 - len(at_once)
+
+
+def test_what_gave_way_makes_room_for_no_other_deployment() -> None:
+    rig = Rig(2, gpus=1)
+    other = replace(SPEC, name="a", route_prefix=None, resources={"GPU": 1})
+    rig.healthy(resources={"GPU": 1})
+    rig.deploy(other, num_replicas=1)
+    assert rig.reconcile() == []
+    rig.deploy(version="2", resources={"GPU": 1})
+    [old] = stopped(rig.reconcile())
+    [new] = started(rig.stop(old))
+    assert new in rig.states("f")
 
 
 def test_old_replicas_come_back_when_the_new_code_fails_without_room() -> None:

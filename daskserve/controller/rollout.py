@@ -270,7 +270,7 @@ def _note_unplaceable(
     hint = ""
     mine = d.former is not None and d.name in found.holders
     if d.former is not None and mine:
-        hint = "; its old replicas give way one after the other"
+        hint = "; its old replicas give way where that makes room"
         if not _may_be_missing(d, d.former):
             hint = (
                 "; its old replicas stop only after new ones run: make room for one "
@@ -330,7 +330,15 @@ def _make_room(d: ManagedDeployment, former: Goal, crowded: int, this: Pass) -> 
     there = Counter(
         r.worker for r in d.replicas.values() if r.generation == former.generation
     )
-    helping = {w for w, n in there.items() if _helps(d, former, w, n, this)}
+    missing = d.target.spec.num_replicas - d.ready(d.target)
+    limit = min(
+        len(old) + len(new) + missing_too - former.spec.num_replicas,
+        len(old) - (missing > 1),
+    )
+    # What those that may go give back, and those that serve nobody as yet or any more.
+    stays = Counter(r.worker for r in old)
+    back = {w: n - max(0, stays[w] - max(0, limit)) for w, n in there.items()}
+    helping = {w for w, n in back.items() if n and _helps(d, former, w, n, this)}
     useful = [r for r in d.alive(former) if r.worker in helping]
     # These hold room and serve nobody yet.
     idle = [r for r in useful if r.state != ReplicaState.RUNNING]
@@ -338,13 +346,15 @@ def _make_room(d: ManagedDeployment, former: Goal, crowded: int, this: Pass) -> 
         r.generation == former.generation and r.state == ReplicaState.STOPPING
         for r in d.replicas.values()
     )
-    missing = d.target.spec.num_replicas - d.ready(d.target)
-    number = min(
-        crowded - going - len(idle),
-        len(old) + len(new) + missing_too - former.spec.num_replicas,
-        len(old) - (missing > 1),
-    )
+    number = min(crowded - going - len(idle), limit)
     newest_first = [r for r in reversed(useful) if r.state == ReplicaState.RUNNING]
+    if newest_first:
+        worker = newest_first[0].worker
+        one = there[worker] - stays[worker] + 1
+        if not _helps(d, former, worker, one, this):
+            newest_first = [r for r in newest_first if r.worker == worker]
+            # It takes several of them, so many new ones cannot be waiting.
+            number = min(limit, len(newest_first)) if number > 0 else number
     leaving = newest_first[: max(0, number)]
     if leaving or idle:
         d.target.rolling = True

@@ -543,7 +543,8 @@ class ControllerState:
         for d in busy:
             observe(d, now, views)
         this = Pass(now=now, views=views, deployments=everything)
-        for d in busy:
+        # What a version gave up for another is not for other deployments.
+        for d in sorted(busy, key=lambda d: d.former is None):
             advance(d, this)
         self._end_deletes()
         return self._shared.flush()
