@@ -16,7 +16,7 @@ from daskserve.config import DeploymentOptions, HTTPOptions
 from daskserve.controller.plugin import NAME, ServeController
 from daskserve.deployment import Deployment
 from daskserve.exceptions import ServeConfigError, ServeNotRunningError
-from daskserve.links import URL, link
+from daskserve.links import link
 from daskserve.nanny import ServeNannyPlugin
 from daskserve.session import ClientSession, Session, client_session, current_session
 from daskserve.status import ServeStatus, Version
@@ -38,7 +38,7 @@ class ServeInstance:
 
     def __init__(self, session: Session, info: Mapping[str, Any]) -> None:
         self._session = session
-        self.http_urls: list[str] = [URL(url) for url in info["http_urls"]]
+        self.http_urls: list[str] = list(info["http_urls"])
         self.detached: bool = info["detached"]
 
     def status(self) -> Any:

@@ -46,6 +46,8 @@ def _probe() -> tuple[str, str | None]:
         return python, version("daskserve")
     except ImportError:  # PackageNotFoundError is one
         return python, None
+    except Exception as err:  # what the file system says is not about connections
+        return python, f"cannot be imported ({err!r})"
 
 
 def _load(pickled: bytes, python: str, kind: str = "WorkerPlugin") -> object:

@@ -40,10 +40,12 @@ def link(url: str, text: str) -> str:
         return html.escape(text)
     template = dask.config.get("daskserve.link", None) or _default(parts)
     if template is not None:
-        known = {"scheme": parts.scheme, "host": parts.hostname, "port": parts.port}
+        host = parts.hostname or ""
+        host = f"[{host}]" if ":" in host else host
+        known = {"scheme": parts.scheme, "host": host, "port": parts.port}
         try:
             start = template.format(**{**os.environ, **known})
-        except (KeyError, IndexError, ValueError, AttributeError) as err:
+        except (LookupError, ValueError, AttributeError, TypeError) as err:
             raise ValueError(
                 f"daskserve.link: {template!r} cannot be filled in ({err!r}): it "
                 "may have {scheme}, {host}, {port} and variables of the environment"

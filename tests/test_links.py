@@ -56,9 +56,13 @@ def test_a_template_says_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     with dask.config.set({"daskserve.link": template}):
         html = URL("https://10.0.0.7:8443/a")._repr_html_()
     assert href(html) == "/hub/ann/https/10.0.0.7:8443/a"
+    with dask.config.set({"daskserve.link": "http://{host}:{port}"}):
+        assert href(URL("http://[::1]:80/")._repr_html_()) == "http://[::1]:80/"
 
 
-@pytest.mark.parametrize("template", ["/{NOBODY_SET_THIS}", "/{}", "/{port", "/{0}"])
+@pytest.mark.parametrize(
+    "template", ["/{NOBODY_SET_THIS}", "/{}", "/{port", "/{0}", "/{host[a]}"]
+)
 def test_templates_that_cannot_be_filled_in(template: str) -> None:
     with dask.config.set({"daskserve.link": template}):
         with pytest.raises(ValueError, match="daskserve.link: .*may have"):

@@ -357,7 +357,8 @@ def test_tls_keeps_other_users_out() -> None:
                 serve.deployment(name="f")(lambda: "served").deploy()
                 print(serve.get_deployment("f").get_handle().remote().result())
                 address = cluster.scheduler_address.removeprefix("tls://")
-                workers = scheduler_workers(client)
+                identity = client.sync(client.scheduler.identity, n_workers=-1)
+                workers = identity["workers"]
                 for where in (address, *(w.removeprefix("tls://") for w in workers)):
                     for known in (None, Security.temporary()):
                         scheme = "tls" if known else "tcp"

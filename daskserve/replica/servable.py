@@ -114,8 +114,11 @@ class Servable:
     @property
     def model_limit(self) -> int:
         """How many models its class says it keeps; 0: all, or none says so."""
-        members = [f for each in type(self.object).__mro__ for f in vars(each).values()]
-        limits = [vars(f).get(MODEL_LIMIT) for f in members if inspect.isfunction(f)]
+        members: dict[str, Any] = {}
+        for each in reversed(type(self.object).__mro__):
+            members |= vars(each)
+        functions = filter(inspect.isfunction, members.values())
+        limits = [vars(function).get(MODEL_LIMIT) for function in functions]
         return min((limit for limit in limits if limit is not None), default=0)
 
     # What its threads do.
