@@ -126,10 +126,10 @@ async def check(client: Client) -> None:
     if silent:
         listed = "; ".join(f"{at}: {why!r}" for at, why in silent.items())
         raise WorkersUnreachableError(
-            "The scheduler does not reach workers "
-            f"that have connected to it: {listed}. A firewall between them, a process "
-            "that stands still, or code that holds the GIL is the cause. Let the "
-            "scheduler reach their ports (`dask worker --worker-port`), or end them."
+            f"The scheduler does not reach workers that have connected to it: {listed}."
+            " A firewall between them, a process that stands still, or code that holds "
+            "the GIL is the cause. Let the scheduler reach their ports (`dask worker "
+            "--worker-port`), or end them."
         )
     wrong = {where: there for where, there in sorted(found.items()) if there != here}
     if wrong:

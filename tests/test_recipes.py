@@ -34,7 +34,8 @@ FILES = {block.file: block.text for block in blocks() if block.file}
 class Login:
     """A folder with README's files, and a shell in it on a machine that has Slurm's.
 
-    What differs from README: the HTTP port, and how long jobs may run.
+    What differs from README: the HTTP port, and what tests change: how long jobs run
+    and overlap, and what they say of memory, for this Slurm knows none.
     """
 
     def __init__(self, slurm: Slurm, changes: Mapping[str, str]) -> None:
@@ -110,7 +111,7 @@ def login(nodes: int = 2, **changes: str) -> Iterator[Login]:
 
 
 def test_from_an_empty_folder_to_an_answer() -> None:
-    """A job, a program that deploys, a tunnel on the login node and one elsewhere."""
+    """A job, a program that deploys, and a tunnel on the login node."""
     [block] = [block for block in blocks() if block.command == "slurm"]
     with login() as at:
         script = at.changed(block.text)
@@ -122,7 +123,7 @@ def test_from_an_empty_folder_to_an_answer() -> None:
 
 
 def test_a_service_outlives_its_job() -> None:
-    """The next job, queued by the one before, has the deployments; none ran twice."""
+    """The next job, queued by the one before, has the deployments again."""
     with login(**{"sleep 5": "sleep 1"}) as at:
         at.run("sbatch service.sh && python main.py")
         file = at.folder / "scheduler.json"
