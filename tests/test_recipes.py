@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -23,7 +24,7 @@ import daskserve as serve
 from tests.hosts import Host, open_hosts
 from tests.slurm.cluster import Slurm, open_slurm
 from tests.slurm.load import Load, handler, loaded
-from tests.test_readme import blocks
+from tests.test_readme import README, blocks
 from tests.utils import ROOT, Process, free_port, need_program, poll
 
 pytestmark = [pytest.mark.slow, pytest.mark.by_hand, pytest.mark.timeout(400)]
@@ -192,32 +193,97 @@ def test_programs_of_jobqueue(command: str) -> None:
         poll(lambda: not at.jobs("PENDING", "RUNNING", "COMPLETING"), 60)
 
 
-def test_ssh_cluster(tmp_path: Path) -> None:
-    pytest.importorskip("asyncssh")
-    key, port = tmp_path / "key", free_port()
+@contextmanager
+def sshd(folder: Path, address: str) -> Iterator[dict[str, Any]]:
+    """Run a server for SSH; give what its clients have to say."""
+    key, port = folder / "key", free_port()
     command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)]
     subprocess.run(command, check=True)
     options = {
         "Port": port,
-        "ListenAddress": "127.0.0.1",
+        "ListenAddress": address,
         "HostKey": key,
         "AuthorizedKeysFile": f"{key}.pub",
-        "PidFile": tmp_path / "sshd.pid",
+        "PidFile": folder / "sshd.pid",
         "StrictModes": "no",
     }
     Path("/run/sshd").mkdir(exist_ok=True)
     command = [need_program("sshd"), "-D", "-e", "-f", "/dev/null"]
     command += [f"-o{name}={value}" for name, value in options.items()]
-    sshd = Process("sshd", command, tmp_path / "sshd.log", {}, tmp_path)
+    process = Process("sshd", command, folder / "sshd.log", {}, folder)
     try:
-        poll(lambda: "listening" in sshd.log.read_text(), 10)
+        poll(lambda: "listening" in process.log.read_text(), 10)
+        yield {"port": port, "client_keys": [str(key)], "known_hosts": None}
+    finally:
+        process.end_group()
+        print(process.log.read_text())
+
+
+@contextmanager
+def only(host: Host, port: int) -> Iterator[None]:
+    """Let a host reach nothing but one port of others."""
+    rules = (
+        "table inet only { chain out { type filter hook output priority 0; "
+        f"policy drop; oif lo accept; tcp dport {port} accept; }}; }}"
+    )
+    host.run(need_program("nft"), rules)
+    try:
+        yield
+    finally:
+        host.run("nft", "delete", "table", "inet", "only")
+
+
+def test_on_a_laptop() -> None:
+    """One that reaches the scheduler's port only, or only SSH on the login node."""
+    [block] = [block for block in blocks() if block.command == "slurm"]
+    words = README.partition("On your laptop,")[2].partition("\n\n")[0]
+    by_ssh, by_dask = (
+        next(text for text in re.findall("`([^`]*)`", words) if text.startswith(start))
+        for start in ("ssh -L", "dask serve")
+    )
+    submit, deploy, tunnel, curl = block.text.splitlines()
+    with login(3) as at:
+        laptop = at.slurm.nodes["n3"]
+        at.slurm.drain("n3")
+        at.run(f"{submit}\n{deploy}")
+        with at.client() as client:
+            address = client.scheduler.address
+        file = at.folder / "scheduler.json"
+        assert address == json.loads(file.read_text())["address"]
+        port = int(address.rpartition(":")[2])
+        assert port == 8786, "README says that it is Dask's own"
+        ask = at.changed(curl)
+
+        command = at.changed(by_dask).replace("ADDRESS", address)
+        with (
+            only(laptop, port),
+            at.running(*laptop.command(*shlex.split(command))),
+        ):
+            assert laptop.run("bash", "-c", ask) == "Hello!"
+
+        with (
+            sshd(at.slurm.folder, at.slurm.address) as way,
+            only(laptop, way["port"]),
+            at.running("bash", "-c", at.changed(tunnel).removesuffix(" &")),
+        ):
+            assert at.run(ask) == "Hello!"
+            config = at.folder / "config"
+            config.write_text(
+                f"Host LOGIN\n Hostname {at.slurm.address}\n Port {way['port']}\n"
+                f" IdentityFile {way['client_keys'][0]}\n StrictHostKeyChecking no\n"
+                f" UserKnownHostsFile {at.folder}/known\n"
+            )
+            command = at.changed(by_ssh).replace("ssh", f"ssh -N -F {config}")
+            with at.running(*laptop.command(*shlex.split(command))):
+                assert laptop.run("bash", "-c", ask) == "Hello!"
+
+
+def test_ssh_cluster(tmp_path: Path) -> None:
+    pytest.importorskip("asyncssh")
+    with sshd(tmp_path, "127.0.0.1") as way:
         cluster = SSHCluster(
             ["127.0.0.1"] * 3,
-            connect_options={
-                "port": port,
-                "client_keys": [str(key)],
-                "known_hosts": None,
-            },
+            connect_options=way,
             remote_python=f"env PYTHONPATH={ROOT} {sys.executable}",
             scheduler_options={"dashboard_address": ":0"},
         )
@@ -226,9 +292,6 @@ def test_ssh_cluster(tmp_path: Path) -> None:
             serve.deployment(name="hello", num_replicas=2)(hello).deploy()
             assert answer(f"{instance.http_urls[0]}/hello") == "Hello!"
             serve.shutdown()
-    finally:
-        sshd.end_group()
-        print(sshd.log.read_text())
 
 
 def hello() -> str:

@@ -25,15 +25,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
     ],
 )
 def test_one_of_two_jobs_ends(ending: type[Ending], nanny: bool, track: Track) -> None:
-    load = run(ending, of=2, requests=400, nanny=nanny, track=track)
+    load, _ = run(ending, of=2, requests=400, nanny=nanny, track=track)
     assert load.lost == [], load
 
 
 @pytest.mark.by_hand
 @pytest.mark.parametrize("location", ["HeadOnly", "EveryNode"])
 def test_all_jobs_end_at_once(location: str) -> None:
-    load = run(Scancel, count=3, location=location)
+    load, absence = run(Scancel, count=3, location=location)
     assert load.lost == [], load
+    assert load.longest_wait_s < absence.of_workers_s + 3, (load, absence)
 
 
 @pytest.mark.by_hand

@@ -9,16 +9,19 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from tests.slurm.cluster import Track, open_slurm
+from tests.slurm.cluster import Slurm, Track, open_slurm
 from tests.slurm.load import Load, loaded
 from tests.slurm.site import LAUNCHES, Site, open_site
-from tests.utils import poll
+from tests.utils import poll, scheduler_workers
 
 JOBS = 3
 #: Slurm looks at time limits every 30 s, and signals come up to 60 s too early.
@@ -149,6 +152,53 @@ ENDINGS: dict[str, type[Ending]] = {
 }
 
 
+@dataclass
+class Absence:
+    """For how long there was nothing at most, in seconds."""
+
+    #: No process of a worker on any node: that is up to Slurm.
+    of_jobs_s: float = 0
+    #: No worker that the scheduler knows: that is Dask's own start, too.
+    of_workers_s: float = 0
+
+    def __str__(self) -> str:
+        jobs, workers = self.of_jobs_s, self.of_workers_s
+        return f"no job for {jobs:.1f} s, no worker for {workers:.1f} s"
+
+
+@contextmanager
+def watched(site: Site) -> Iterator[Absence]:
+    """Watch a site while the block runs."""
+    absence = Absence()
+    ended = threading.Event()
+
+    def watch() -> None:
+        job = worker = time.monotonic()
+        while not ended.wait(0.1):
+            now = time.monotonic()
+            absence.of_jobs_s = max(absence.of_jobs_s, now - job)
+            absence.of_workers_s = max(absence.of_workers_s, now - worker)
+            job = now if _runs_workers(site.slurm) else job
+            worker = now if scheduler_workers(site.client) else worker
+
+    with ThreadPoolExecutor(1, "watch") as pool:
+        watching = pool.submit(watch)
+        try:
+            yield absence
+        finally:
+            ended.set()
+        watching.result()
+
+
+def _runs_workers(slurm: Slurm) -> bool:
+    for host in slurm.nodes.values():
+        for pid in host.processes():
+            with suppress(OSError):  # it has ended
+                if b"dask\0worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return True
+    return False
+
+
 def run(
     ending: type[Ending],
     *,
@@ -159,8 +209,8 @@ def run(
     track: Track = "pgid",
     log: Callable[[str], object] = lambda text: None,
     **options: object,
-) -> Load:
-    """Run one ending and return what became of the requests.
+) -> tuple[Load, Absence]:
+    """Run one ending; return what became of requests, and what was missing how long.
 
     Parameters
     ----------
@@ -188,13 +238,13 @@ def run(
             slurm.wait("RUNNING", *jobs, *stays)
             site.wait_for_workers(of)
             site.deploy(of)
-            with loaded(site.load(requests)) as load:
+            with loaded(site.load(requests)) as load, watched(site) as absence:
                 time.sleep(CALM_S)
                 ending(site, jobs, pause_s).run()
                 site.wait_for_workers(of)
                 site.wait_for_replicas(of)
                 time.sleep(CALM_S)
-            return load
+            return load, absence
         finally:
             log(site.logs())
 
@@ -226,7 +276,7 @@ def main() -> int:
         parts += [f"pause {args.pause:g} s"] * bool(args.pause)
         parts += ["end known"] * args.end_known
         with redirect_stdout(sys.stderr):
-            load = run(
+            load, absence = run(
                 ENDINGS[name],
                 count=args.jobs,
                 pause_s=args.pause,
@@ -238,7 +288,7 @@ def main() -> int:
                 nanny=args.nanny,
                 end_known=args.end_known,
             )
-        print(f"{', '.join(parts)}: {load}", flush=True)
+        print(f"{', '.join(parts)}: {load}\n  {absence}", flush=True)
         if args.lost:
             print(*load.lost, sep="\n")
         lost += len(load.lost)
