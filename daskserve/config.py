@@ -1024,6 +1024,9 @@ class Settings(_Frozen):
         Upper limit of that for a whole deployment.
     leave_timeout_s
         Seconds that a worker which is retired waits for replicas to run elsewhere.
+    spread_after_s
+        Seconds after a worker has come until replicas that piled up elsewhere spread.
+        None: they stay.
     ends_at
         When a worker's job ends: seconds since 1970, or a date and time with its zone.
         None: what the batch system says, if it does.
@@ -1057,6 +1060,7 @@ class Settings(_Frozen):
         "controller.max-constructor-failures-total"
     )
     leave_timeout_s: Seconds = _configured("controller.leave-timeout")
+    spread_after_s: Seconds | None = _configured("controller.spread-after")
     ends_at: Annotated[float, PlainValidator(_moment)] | None = _configured(
         "worker.ends-at"
     )

@@ -68,10 +68,12 @@ def address(number: int) -> str:
 class Rig:
     """A controller's state with a clock and workers made by hand."""
 
-    def __init__(self, workers: int = 3, *, gpus: float = 0, first_id: int = 1) -> None:
+    def __init__(
+        self, workers: int = 3, *, gpus: float = 0, first_id: int = 1, **options: Any
+    ) -> None:
         suffixes = count()
         self.state = ControllerState(
-            new_suffix=lambda: f"{next(suffixes):06}", first_id=first_id
+            new_suffix=lambda: f"{next(suffixes):06}", first_id=first_id, **options
         )
         self.now = 1000.0
         self.views: dict[str, WorkerView] = {}

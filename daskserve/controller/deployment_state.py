@@ -299,7 +299,11 @@ class ManagedDeployment:
         return replica
 
     def stop(
-        self, replica: Replica, now: float, at_most_s: float = float("inf")
+        self,
+        replica: Replica,
+        now: float,
+        at_most_s: float = float("inf"),
+        at_least_s: float = 0.0,
     ) -> None:
         """Tell a replica to drain; one that was never sent just vanishes.
 
@@ -309,13 +313,14 @@ class ManagedDeployment:
             Any that is not stopping yet.
         now
             Time in seconds.
-        at_most_s
-            Upper limit of its grace period.
+        at_most_s, at_least_s
+            Limits of its grace period.
         """
         if replica.state == ReplicaState.PENDING:
             self._forget(replica)
             return
-        grace_s = min(replica.spec.graceful_shutdown_timeout_s, at_most_s)
+        grace_s = max(replica.spec.graceful_shutdown_timeout_s, at_least_s)
+        grace_s = min(grace_s, at_most_s)
         poll_s = replica.spec.graceful_shutdown_wait_loop_s
         replica.enter(ReplicaState.STOPPING, "draining", now)
         replica.stop_deadline = now + grace_s + STOP_MARGIN_S

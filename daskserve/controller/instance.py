@@ -89,6 +89,7 @@ class Instance:
             # Ids of an instance before this one must not be taken for ours.
             first_id=random.randrange(1, 2**40),
             max_failures=settings.constructor_failure_limit,
+            spread_after_s=settings.spread_after_s,
         )
         self.apps = Apps(self)
         self._launcher = Launcher(scheduler, self._replica_failed)
@@ -432,8 +433,9 @@ class Instance:
             workers = self._scheduler.workers.items()
             running = {a for a, ws in workers if ws.status == Status.running}
             self.leaving.sweep(now, running)
-            if self.publisher.is_known():
-                self._state.routing_known()
+        moving = bool(self.leaving) or bool(self._state.spreader)
+        if moving and self.publisher.is_known():
+            self._state.routing_known()
         self._files.look(now)
         lost = self._give_up_silent(now)
         views = self._views()

@@ -7,10 +7,12 @@ stops only when everybody knows of the new one, or when its worker's time is ove
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import inf
 
 from daskserve.controller.deployment_state import ManagedDeployment
 from daskserve.controller.placement import Leaving, WorkerView, matches, offers
 from daskserve.controller.records import Goal, Replica, ReplicaState, Spec
+from daskserve.controller.spreading import GRACE_S
 
 #: A worker that is killed so much later is worth moving to, in seconds.
 WORTH_S = 30.0
@@ -69,10 +71,13 @@ def mark_outgoing(
     for replica in d.replicas.values():
         view = views.get(replica.worker)
         if view is None or view.leaving is None:
+            if replica.spreads:
+                continue
             if replica.outgoing or replica.lent:
                 replica.outgoing = replica.lent = False
                 _explain(replica, "")
             continue
+        replica.spreads = False
         goal = d.goal_of(replica)
         spec = replica.spec if goal is None else goal.spec
         if id(spec) not in lenders:
@@ -132,7 +137,7 @@ def let_go(
             continue
         if replica.state == ReplicaState.STOPPING:
             continue
-        late = now >= _leaving(replica, views).let_go_at(
+        late = not replica.spreads and now >= _leaving(replica, views).let_go_at(
             replica.spec.graceful_shutdown_timeout_s, replica.replica_id
         )
         if late or (replica.outgoing and replica.state != ReplicaState.RUNNING):
@@ -144,7 +149,9 @@ def let_go(
         if outgoing:
             settled = [r for r in d.running(goal) if r.known and not r.outgoing]
             ready = sum(r.ready_for(goal) for r in settled)
-            outgoing.sort(key=lambda r: _leaving(r, views).deadline)
+            outgoing.sort(
+                key=lambda r: inf if r.spreads else _leaving(r, views).deadline
+            )
             surplus = ready + len(outgoing) - goal.spec.num_replicas
             for replica in outgoing[: max(0, surplus)]:
                 _stop(d, replica, now, views)
@@ -162,6 +169,10 @@ def _stop(
     now: float,
     views: Mapping[str, WorkerView],
 ) -> None:
+    if replica.spreads:
+        d.stop(replica, now, at_least_s=0.0 if replica.spec.resources else GRACE_S)
+        replica.reason = "draining: another replica serves where there are fewer"
+        return
     leaving = _leaving(replica, views)
     d.stop(replica, now, at_most_s=max(0.1, leaving.deadline - now))
     replica.reason = f"draining: worker {replica.worker} {leaving.reason}"

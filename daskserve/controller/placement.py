@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heapreplace
 from operator import attrgetter
 from typing import TypeAlias
@@ -154,6 +154,10 @@ class Occupancy:
     sent: Counter[str] = field(default_factory=Counter)
     #: All workers in the order that holds where a deployment has nothing yet.
     _ranks: list[Rank] | None = None
+
+    def apart(self) -> Occupancy:
+        """Return the same counts, for a look at other workers than this one's."""
+        return replace(self, _ranks=None)
 
     def add(self, worker: str, name: str, resources: Mapping[str, float]) -> None:
         """Count a replica that is on a worker already.

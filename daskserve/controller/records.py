@@ -281,6 +281,8 @@ class Replica:
     known: bool = False
     #: Whether its worker leaves, so that another is to take its place.
     outgoing: bool = False
+    #: Whether another is to take its place where there are fewer.
+    spreads: bool = False
     #: Whether its worker leaves, but nobody else would have it.
     lent: bool = False
     #: How to watch over it, as its worker was last told.

@@ -25,6 +25,7 @@ from daskserve.controller.placement import (
     matches,
 )
 from daskserve.controller.records import Goal, Replica, ReplicaState
+from daskserve.controller.spreading import end_moves
 
 
 @dataclass(kw_only=True)
@@ -84,13 +85,14 @@ def observe(d: ManagedDeployment, now: float, views: Mapping[str, WorkerView]) -
         The workers of the cluster by address.
     """
     _lose_workers(d, now, views)
-    _give_up_draining(d, now)
+    _give_up_draining(d, now, views)
     mark_outgoing(d, now, views)
     if d.deleting:
         return
     if d.target.in_progress:
         judge(d, now)
     _give_up_overdue(d, now)
+    end_moves(d)
     for goal in d.upkeep():
         if goal.reached and goal.failures and d.ready(goal) >= goal.spec.num_replicas:
             goal.forget_failures()
@@ -108,9 +110,19 @@ def _lose_workers(
         events.lost(d, replicas, reason, now, blame=True)
 
 
-def _give_up_draining(d: ManagedDeployment, now: float) -> None:
+def _give_up_draining(
+    d: ManagedDeployment, now: float, views: Mapping[str, WorkerView]
+) -> None:
     for replica in list(d.replicas.values()):
-        if replica.state == ReplicaState.STOPPING and now >= replica.stop_deadline:
+        if replica.state != ReplicaState.STOPPING:
+            continue
+        view = views.get(replica.worker)
+        if d.deleting or (view is not None and view.leaving):
+            # One that had no need to hurry has now.
+            if replica.spreads:
+                replica.spreads = False
+                d.stop(replica, now)
+        if now >= replica.stop_deadline:
             d.release(replica)
 
 

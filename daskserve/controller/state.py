@@ -23,6 +23,7 @@ from daskserve.controller.records import Goal, Replica, Spec
 from daskserve.controller.rollout import Pass, advance, is_at_rest, observe
 from daskserve.controller.saved import SavedDeployment, revive, saved
 from daskserve.controller.scaler import Ask, missing_workers, scale
+from daskserve.controller.spreading import Spreader
 
 
 def default_max_failures(num_replicas: int) -> int:
@@ -52,6 +53,8 @@ class ControllerState:
         Number of the first replica.
     max_failures
         How many failed constructors a ``deploy()`` may see, by ``num_replicas``.
+    spread_after_s
+        How long after a worker has come replicas spread. None: never.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class ControllerState:
         new_suffix: Callable[[], str],
         first_id: int = 1,
         max_failures: Callable[[int], int] = default_max_failures,
+        spread_after_s: float | None = None,
     ) -> None:
         self._shared = Shared(
             ids=count(first_id), new_suffix=new_suffix, max_failures=max_failures
@@ -69,6 +73,7 @@ class ControllerState:
         #: Deleted ones with replicas left; names may come twice and be live again.
         self._draining: list[ManagedDeployment] = []
         self._shutdown_tickets: list[int] = []
+        self.spreader = Spreader(spread_after_s)
 
     # Wishes
 
@@ -546,6 +551,9 @@ class ControllerState:
         # What a version gave up for another is not for other deployments.
         for d in sorted(busy, key=lambda d: d.former is None):
             advance(d, this)
+        moved = self.spreader.step(now, self._live, views, lambda: this.occupancy)
+        if moved is not None:
+            advance(moved, this)
         self._end_deletes()
         return self._shared.flush()
 

@@ -170,6 +170,8 @@ class Runner:
             self._sessions = Sessions(affinity, spec.replica_id)
         self._accepting = False
         self._stopping = False
+        #: How long requests have when it stops.
+        self._patience: asyncio.Timeout | None = None
         self._idle = asyncio.Event()
         self._initialized = asyncio.Event()
         self._reconfiguring = asyncio.Lock()
@@ -388,6 +390,10 @@ class Runner:
 
     async def _stop(self, grace_s: float, poll_s: float) -> None:
         if self._stopping:
+            if self._patience is not None and not self._patience.expired():
+                # It is to be sooner now.
+                at = min(self._patience.when() or math.inf, self.loop.time() + grace_s)
+                self._patience.reschedule(at)
             return
         self._stopping, self._accepting = True, False
         self._intake.close()
@@ -396,9 +402,10 @@ class Runner:
         for websocket in list(self._websockets.values()):
             websocket.go_away()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace_s):
+            async with asyncio.timeout(grace_s) as self._patience:
                 await self._initialized.wait()
                 await self._idle.wait()
+        self._patience = None
         left: dict[Key, Running] = {**self._http, **self._websockets, **self._calls}
         for key, exchange in left.items():
             self._send_stopped(*key)
