@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,9 @@ class ServeWorkerPlugin(WorkerPlugin):
 
     def __init__(self) -> None:
         self.runners: dict[int, Runner] = {}
+        #: All that were started; an actor may find its replica there, or ended already.
+        self._started: set[int] = set()
+        self._starting = threading.Lock()
         self.session: WorkerSession | None = None
         self._worker: Worker | None = None
         self._thread: LoopThread | None = None
@@ -190,6 +194,13 @@ class ServeWorkerPlugin(WorkerPlugin):
                 patience = details["grace_s"] + STOP_MARGIN_S
                 assert self._worker is not None
                 self._worker.loop.call_later(patience, self._give_up, replica_id)
+        elif command == "start":
+            try:
+                self.start_replica(pickling.loads(details["spec"]))
+            except Exception as err:
+                text = f"the replica could not be started: {err!r}"
+                news = {"event": "failed", "text": text, "cause": None}
+                self._report(replica_id, news)
         elif command == "reconfigure" and runner is not None:
             runner.reconfigure(**details)
         elif command == "watch" and runner is not None:
@@ -262,7 +273,14 @@ class ServeWorkerPlugin(WorkerPlugin):
     # Replicas.
 
     def start_replica(self, spec: ReplicaSpec) -> None:
-        """Start a replica; called by the actor, on a task's thread."""
+        """Start a replica, once; called by the actor, or before it has a thread."""
+        with self._starting:
+            if spec.replica_id in self._started:
+                return
+            self._started.add(spec.replica_id)
+        self._start_replica(spec)
+
+    def _start_replica(self, spec: ReplicaSpec) -> None:
         assert self.session is not None
 
         def report(news: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ class Instance:
             spread_after_s=settings.spread_after_s,
         )
         self.apps = Apps(self)
-        self._launcher = Launcher(scheduler, self._replica_failed)
+        self._launcher = Launcher(scheduler, self._replica_failed, self._start_ahead)
         self._policies = Policies()
         self._health = HealthBoard()
         self._files = FileWatch(f"the scheduler {scheduler.address}")
@@ -531,6 +531,9 @@ class Instance:
             self._launcher.release(action.replica_id)
         elif isinstance(action, Settle):
             self._spawn(self._settle(action))
+
+    def _start_ahead(self, worker: str, replica_id: int, spec: bytes) -> None:
+        self._command(worker, command="start", replica_id=replica_id, spec=spec)
 
     def _command(self, worker: str, **details: Any) -> None:
         if worker in self._scheduler.stream_comms:

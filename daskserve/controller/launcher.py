@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import pickle
 from collections.abc import Callable
 from concurrent import futures
+from dataclasses import replace
 from typing import Any
 
 from distributed import Client, Future, Scheduler, wait
@@ -19,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 #: Before ordinary tasks: creating a replica takes a thread for a moment only.
 PRIORITY = 1_000_000
+#: How long an actor waits, in seconds, until it is looked whether it has a thread.
+PATIENCE_S = 0.5
 #: What the keys of our actors begin with.
 KEY_PREFIX = "daskserve-"
 
@@ -26,6 +30,17 @@ KEY_PREFIX = "daskserve-"
 def is_ours(key: Any) -> bool:
     """Whether a key is that of a replica's actor."""
     return str(key).startswith(KEY_PREFIX)
+
+
+def forget_actor(scheduler: Scheduler, key: Any) -> None:
+    """Let no worker count an actor that never came to be.
+
+    Dask itself sees to those that were made only, and would not retire a worker that
+    seems to have one.
+    """
+    task = scheduler.tasks[key]
+    for ws in scheduler.workers.values():
+        ws.actors.discard(task)
 
 
 class Launcher:
@@ -40,13 +55,20 @@ class Launcher:
     on_failure
         Told of a replica that could not be created, or was lost: its id, the reason,
         and whether it is its own fault.
+    start
+        Starts a replica on a worker without its actor, which finds it there later;
+        called with the worker, the replica's id and its pickled `ReplicaSpec`.
     """
 
     def __init__(
-        self, scheduler: Scheduler, on_failure: Callable[[int, str, bool], None]
+        self,
+        scheduler: Scheduler,
+        on_failure: Callable[[int, str, bool], None],
+        start: Callable[[str, int, bytes], None],
     ) -> None:
         self._scheduler = scheduler
         self._on_failure = on_failure
+        self._start = start
         self._client: Client | None = None
         self._futures: dict[int, Future[Any]] = {}
         self._ids: dict[Any, int] = {}
@@ -131,9 +153,11 @@ class Launcher:
             return
         self._due.discard(action.replica_id)
         try:
+            if ahead := self._is_busy(action.worker):
+                self._start(action.worker, spec.replica_id, pickle.dumps(spec))
             future = self._client.submit(
                 Replica,
-                spec,
+                replace(spec, code=b"", init=b"", user_config=None) if ahead else spec,
                 actor=True,
                 key=f"{KEY_PREFIX}{action.tag}-{action.replica_id}",
                 workers=[action.worker],
@@ -146,7 +170,7 @@ class Launcher:
             # Not `await future`: that would make an `Actor` here, which binds itself to
             # whatever client this process has.
             with self._client.as_current():
-                await wait([future])
+                await self._wait(future, action.worker, None if ahead else spec)
             if future.status == "error" and action.replica_id in self._futures:
                 error = await future.exception()
                 reason = f"the Dask actor could not be created: {error!r}"
@@ -163,6 +187,26 @@ class Launcher:
                 return  # released while it was waited for
             logger.exception("cannot submit replica %s", action.tag)
             self._on_failure(action.replica_id, f"cannot be submitted: {err!r}", True)
+
+    def _is_busy(self, worker: str, waiting: int = 0) -> bool:
+        """Whether tasks have all threads of a worker, but for those of ours."""
+        ws = self._scheduler.workers.get(worker)
+        if ws is None:
+            return False
+        return len(ws.processing) - len(ws.long_running) - waiting >= ws.nthreads
+
+    async def _wait(
+        self, future: Future[Any], worker: str, spec: ReplicaSpec | None
+    ) -> None:
+        """Wait for an actor; start its replica if tasks have all threads."""
+        while spec is not None and self._futures.get(spec.replica_id) is future:
+            with contextlib.suppress(TimeoutError):
+                await wait([future], timeout=PATIENCE_S)
+                return
+            if self._is_busy(worker, waiting=1):
+                self._start(worker, spec.replica_id, pickle.dumps(spec))
+                break
+        await wait([future])
 
 
 def _client_security(scheduler: Scheduler) -> Security:

@@ -26,6 +26,7 @@ from daskserve.controller.departures import Departures
 from daskserve.controller.health import Trouble
 from daskserve.controller.instance import Instance
 from daskserve.controller.keeper import StateKeeper
+from daskserve.controller.launcher import forget_actor, is_ours
 from daskserve.controller.proxy_manager import HTTPConfig
 from daskserve.controller.records import Spec
 from daskserve.controller.relay import relay
@@ -224,10 +225,13 @@ class ServeController(SchedulerPlugin):
     def transition(
         self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Notice an actor of ours that somebody cancelled."""
+        """Notice an actor of ours that somebody cancelled, or that never came to be."""
         # Called for each transition of each task on the cluster.
         if start == "memory" and self._instance is not None:
             self._instance.key_left_memory(key)
+        elif start == "processing" and finish == "released" and is_ours(key):
+            assert self._scheduler is not None
+            forget_actor(self._scheduler, key)
 
     # Streams.
 

@@ -2,7 +2,8 @@
 
 The actor pins user code to its worker for Dask; calls do not go through it. Creating it
 takes a thread of the worker for a moment only: the user's constructor runs on the
-replica's own thread and reports from there.
+replica's own thread and reports from there. While tasks have all threads, the
+controller starts the replica without it.
 """
 
 from __future__ import annotations
