@@ -8,8 +8,10 @@ from urllib.parse import urlsplit
 
 from daskserve.controller.placement import WorkerView
 
-#: How long a server on a worker that leaves needs to be rid of its clients.
+#: How long a server on a worker that leaves needs at most to be rid of its clients, and
+#: how long beyond what requests in its worker's replicas take.
 DRAIN_S = 5.0
+_SPARE_S = 1.0
 
 #: Stands for a server in a thread of its own in the scheduler process.
 SCHEDULER = "scheduler"
@@ -128,7 +130,10 @@ def _goes_on(
     leaving = view.leaving
     if leaving is None:
         return True
-    if view.address not in current or now >= leaving.let_go_at(DRAIN_S):
+    need_s = max(leaving.needs_s.values(), default=DRAIN_S) + _SPARE_S
+    if view.address not in current:
+        return False
+    if now >= leaving.let_go_at(min(DRAIN_S, need_s)):
         return False
     rank = (leaving.deadline, leaving.since, view.address)
     for other in views.values():
