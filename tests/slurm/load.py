@@ -115,7 +115,8 @@ class Load:
                 if time.monotonic() > deadline:
                     raise
             if (turn + 1) % len(self.urls) == 0:  # nobody is there
-                await asyncio.sleep(0.1)
+                # Hundreds wait: more haste takes the machine from what is to start.
+                await asyncio.sleep(0.5)
         raise AssertionError
 
     @property
