@@ -1027,6 +1027,9 @@ class Settings(_Frozen):
     spread_after_s
         Seconds after a worker has come until replicas that piled up elsewhere spread.
         None: they stay.
+    trial_s
+        Seconds for which the first replica of new code starts alone, in case that costs
+        its worker. 0: all start at once.
     ends_at
         When a worker's job ends: seconds since 1970, or a date and time with its zone.
         None: what the batch system says, if it does.
@@ -1061,6 +1064,7 @@ class Settings(_Frozen):
     )
     leave_timeout_s: Seconds = _configured("controller.leave-timeout")
     spread_after_s: Seconds | None = _configured("controller.spread-after")
+    trial_s: Seconds = _configured("controller.trial")
     ends_at: Annotated[float, PlainValidator(_moment)] | None = _configured(
         "worker.ends-at"
     )

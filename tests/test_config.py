@@ -875,6 +875,7 @@ def test_settings_defaults() -> None:
         "max_constructor_failures_total": 20,
         "leave_timeout_s": 300,
         "spread_after_s": 30,
+        "trial_s": 1,
         "ends_at": None,
         "end_margin_s": 60,
         "end_lead_s": 300,

@@ -1217,37 +1217,90 @@ def test_surplus_replica_that_fails_does_not_count(rig: Rig) -> None:
     assert rig.states() == {}
 
 
-def test_constructor_that_takes_its_worker_down(rig: Rig) -> None:
+@pytest.mark.parametrize("heard", [True, False])
+def test_constructor_that_takes_its_worker_down(rig: Rig, heard: bool) -> None:
+    """It is not tried on the next one, whether or not it said that it began."""
     ticket = rig.deploy(num_replicas=1)
-    for number in (1, 2, 3):
-        rig.wait(5)
-        rig.state.replica_initializing(number, pid=1, now=rig.now)
-        actions = rig.leave(number)
+    rig.wait(0.1)
+    if heard:
+        rig.state.replica_initializing(1, pid=1, now=rig.now)
+    actions = rig.leave(1)
     text = failure(actions, ticket).text
-    assert "lost while its constructor ran: worker tcp://10.0.0.3:4000 left" in text
+    assert "worker tcp://10.0.0.1:4000 left" in text
+    assert "not tried elsewhere" in text
+    assert started(actions) == started(rig.wait(60)) == []
+    assert rig.status()["state"] == "DEPLOY_FAILED"
+
+
+def test_update_that_takes_a_worker_down(rig: Rig) -> None:
+    """The former version goes on, and has what was there elsewhere."""
+    rig.healthy(num_replicas=3)
+    ticket = rig.deploy(version="2", code=b"2", num_replicas=3)
+    (first, *_) = started(rig.reconcile())
+    rig.state.replica_initializing(first, pid=1, now=rig.now)
+    worker = next(
+        r["worker"] for r in rig.status()["replicas"] if r["replica_id"] == first
+    )
+    rig.now += 10
+    actions = rig.leave(int(worker.rpartition(".")[2].partition(":")[0]))
+    assert "former version '1' goes on" in failure(actions, ticket).text
+    assert len(started(actions)) == 1
+    assert rig.state.routing()["deployments"]["f"]["replicas"]
 
 
 def test_workers_loss_counts_once(rig: Rig) -> None:
     rig = Rig(1)
-    rig.deploy(num_replicas=6, workers=("w1",))
+    rig.healthy(num_replicas=6, workers=("w1",))
+    rig.now += 1000
+    rig.state.worker_lost(address(1), "worker restarts", now=rig.now)
     for number in started(rig.reconcile()):
         rig.state.replica_initializing(number, pid=1, now=rig.now)
     rig.state.worker_lost(address(1), "worker restarts", now=rig.now)
     actions = rig.reconcile()
-    assert released(actions) == [1, 2, 3, 4, 5, 6]
+    assert released(actions) == [7, 8, 9, 10, 11, 12]
     # One of them waits before it tries again.
     assert len(started(actions)) == 5
-    assert rig.states()[7] == "PENDING"
+    assert rig.states()[13] == "PENDING"
 
 
-def test_constructor_that_takes_its_worker_down_unheard(rig: Rig) -> None:
-    """It ended its process before anything was sent from there."""
-    ticket = rig.deploy(num_replicas=1)
-    for number in (1, 2, 3):
-        rig.wait(5)
-        rig.now += 0.1
-        actions = rig.leave(number)
-    assert "worker tcp://10.0.0.3:4000 left" in failure(actions, ticket).text
+def test_worker_that_was_to_leave_is_nobodys_fault(rig: Rig) -> None:
+    rig.deploy(num_replicas=1)
+    rig.reconcile()
+    rig.state.replica_initializing(1, pid=1, now=rig.now)
+    rig.state.worker_lost(address(1), "it left", now=rig.now, announced=True)
+    assert started(rig.reconcile()) == [2]
+
+
+def test_first_replica_of_new_code_starts_alone() -> None:
+    rig = Rig(3, trial_s=1.0)
+    ticket = rig.deploy(num_replicas=3)
+    assert started(rig.reconcile()) == [1]
+    assert {r["reason"] for r in rig.status()["replicas"][1:]} == {
+        "starts when the first one has, or a moment after it"
+    }
+    assert started(rig.wait(0.9)) == []
+    assert started(rig.wait(0.1)) == [2, 3]
+    assert Settle(ticket) in rig.start(1, 2, 3)
+    # What serves already needs no trial.
+    rig.deploy(num_replicas=5)
+    assert len(started(rig.reconcile())) == 2
+
+
+def test_others_follow_at_once_when_the_first_one_runs() -> None:
+    rig = Rig(3, trial_s=1.0)
+    rig.deploy(num_replicas=3)
+    rig.reconcile()
+    assert started(rig.start(1)) == [2, 3]
+
+
+def test_others_do_not_follow_one_that_took_its_worker_down() -> None:
+    rig = Rig(3, trial_s=1.0)
+    ticket = rig.deploy(num_replicas=3)
+    rig.reconcile()
+    rig.now += 0.5
+    actions = rig.leave(1)
+    assert failure(actions, ticket)
+    assert started(actions) == started(rig.wait(60)) == []
 
 
 def test_loss_before_the_constructor_does_not_count(rig: Rig) -> None:

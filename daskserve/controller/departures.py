@@ -139,6 +139,8 @@ class Departures:
         restarts = worker in self._restarting and now < self._restarted_at + RESTART_S
         if instance is None or worker not in self._scheduler.workers or restarts:
             return {"status": "OK"}
+        if instance.is_over_memory(worker):
+            return {"status": "OK"}
         if not threading.main_thread().is_alive():
             # A script has ended and its own cluster with it. Nothing can move: Dask's
             # executors take no work any more.

@@ -44,6 +44,8 @@ class Shared:
     new_suffix: Callable[[], str]
     #: Failed constructors that a goal may see, by ``num_replicas``.
     max_failures: Callable[[int], int]
+    #: For how many seconds the first replica of new code starts alone.
+    trial_s: float = 0.0
     #: Which deployment a replica belongs to.
     owners: dict[int, ManagedDeployment] = field(default_factory=dict)
     actions: list[Action] = field(default_factory=list)

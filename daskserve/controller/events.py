@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from daskserve.controller.deployment_state import ManagedDeployment
-from daskserve.controller.goals import count_failure, give_up, relapse
+from daskserve.controller.goals import count_failure, give_up, lost_worker, relapse
 from daskserve.controller.records import Replica, ReplicaState, last_line
 
 #: A replica that was sent to a worker so lately may have begun there unheard.
@@ -118,6 +118,7 @@ def lost(
     now: float,
     *,
     blame: bool,
+    with_worker: bool = False,
 ) -> None:
     """Note that replicas are gone without having been told to stop.
 
@@ -135,6 +136,8 @@ def lost(
         Whether a constructor that ran at that moment may be the cause: one that takes
         its worker down must not take down one worker after the other. Counts once per
         worker, since the others there may be bystanders.
+    with_worker
+        Whether their worker is lost, too.
     """
     d.at_rest = False
     blamed: dict[str, Replica] = {}
@@ -148,7 +151,10 @@ def lost(
             young.append(replica)
         d.release(replica)
     for replica in blamed.values():
-        count_failure(d, replica, f"lost while its constructor ran: {reason}", now)
+        if with_worker and d.goal_of(replica) is d.target and d.target.tickets:
+            lost_worker(d, replica, reason)
+        else:
+            count_failure(d, replica, f"lost while its constructor ran: {reason}", now)
     for replica in young:
         relapse(d, replica, reason, now)
 

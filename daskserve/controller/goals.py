@@ -195,6 +195,24 @@ def count_failure(
     retry(d, goal, goal.failures, most, text, now)
 
 
+def lost_worker(d: ManagedDeployment, dead: Replica, reason: str) -> None:
+    """Give the target up, whose constructor may have cost a worker: one is enough.
+
+    Parameters
+    ----------
+    d
+        The deployment, whose ``deploy()`` somebody waits for.
+    dead
+        The replica whose constructor ran there; no longer in the deployment.
+    reason
+        How the worker was lost, readable by users.
+    """
+    if d.target.in_progress:
+        d.target.last_failure = text = f"{dead.tag}: {reason}"
+        what = f"{reason} while the constructor ran there, so it is not tried elsewhere"
+        give_up(d, what, f"{text}\nIf something else was the cause, deploy() again.")
+
+
 def retry(
     d: ManagedDeployment,
     goal: Goal,

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from dask.utils import format_bytes
 from distributed import Scheduler
 from distributed.core import Status
 
@@ -90,9 +91,12 @@ class Instance:
             first_id=random.randrange(1, 2**40),
             max_failures=settings.constructor_failure_limit,
             spread_after_s=settings.spread_after_s,
+            trial_s=settings.trial_s,
         )
         self.apps = Apps(self)
         self._launcher = Launcher(scheduler, self._replica_failed, self._start_ahead)
+        #: Workers that their nannies end, and the bytes that they use.
+        self._over_memory: dict[str, int] = {}
         self._policies = Policies()
         self._health = HealthBoard()
         self._files = FileWatch(f"the scheduler {scheduler.address}")
@@ -313,13 +317,28 @@ class Instance:
         self._health.heard(worker)
         self._wake.set()
 
+    def worker_over_memory(self, worker: str, used: int) -> None:
+        """Note that a nanny ends a worker because it uses too much memory, in bytes."""
+        self._over_memory[worker] = used
+
+    def is_over_memory(self, worker: str) -> bool:
+        """Whether a worker's nanny ends it, and will not wait."""
+        return worker in self._over_memory
+
     def worker_removed(self, worker: str) -> None:
         """Replace what was on a worker that has gone."""
+        now, used = time.monotonic(), self._over_memory.pop(worker, None)
+        announced = used is None and self.leaving.get(worker, now) is not None
         self.publisher.worker_lost(worker)
         self.leaving.gone(worker)
         self._health.forget(worker)
         reason = f"worker {worker} left the cluster"
-        self._state.worker_lost(worker, reason, now=time.monotonic())
+        if used is not None:
+            reason = (
+                f"worker {worker} used {format_bytes(used)}, more than its memory "
+                f"limit allows, and was ended by its nanny"
+            )
+        self._state.worker_lost(worker, reason, now=now, announced=announced)
         self._wake.set()
 
     def restarted(self) -> None:

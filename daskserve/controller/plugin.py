@@ -222,6 +222,11 @@ class ServeController(SchedulerPlugin):
         """Choose the workers that ``adapt()`` may close."""
         return workers if self._departures is None else self._departures.spare(workers)
 
+    def log_event(self, topic: str, msg: Any) -> None:
+        """Notice that a nanny ends its worker, which will say that it leaves."""
+        if topic == "worker-restart-memory" and self._instance is not None:
+            self._instance.worker_over_memory(msg["worker"], msg["rss"])
+
     def transition(
         self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any
     ) -> None:

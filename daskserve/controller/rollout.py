@@ -107,7 +107,7 @@ def _lose_workers(
             gone.setdefault(replica.worker, []).append(replica)
     for worker, replicas in gone.items():
         reason = f"worker {worker} left the cluster"
-        events.lost(d, replicas, reason, now, blame=True)
+        events.lost(d, replicas, reason, now, blame=True, with_worker=True)
 
 
 def _give_up_draining(
@@ -249,6 +249,8 @@ def _place_pending(d: ManagedDeployment, goal: Goal, this: Pass) -> int:
         for r in d.alive(goal)
         if r.state == ReplicaState.PENDING and r.not_before <= this.now
     ]
+    if goal.in_progress and not _is_tried(d, goal, this.now):
+        due = _first_alone(d, goal, due)
     if not due:
         return 0
     # Old code beside it does not count: it goes, and what is left should be spread.
@@ -274,6 +276,23 @@ def _place_pending(d: ManagedDeployment, goal: Goal, this: Pass) -> int:
         own[found] += 1
         own_hosts[replica.host] += 1
     return 0
+
+
+def _is_tried(d: ManagedDeployment, goal: Goal, now: float) -> bool:
+    """Whether new code has run for a moment without taking its worker down."""
+    trial_s = d.shared.trial_s
+    return not trial_s or any(
+        r.state == ReplicaState.RUNNING
+        or (r.state == ReplicaState.STARTING and now - r.since >= trial_s)
+        for r in d.alive(goal)
+    )
+
+
+def _first_alone(d: ManagedDeployment, goal: Goal, due: list[Replica]) -> list[Replica]:
+    later = due if any(r.worker for r in d.alive(goal)) else due[1:]
+    for replica in later:
+        replica.reason = "starts when the first one has, or a moment after it"
+    return due[: len(due) - len(later)]
 
 
 def _note_unplaceable(

@@ -55,6 +55,8 @@ class ControllerState:
         How many failed constructors a ``deploy()`` may see, by ``num_replicas``.
     spread_after_s
         How long after a worker has come replicas spread. None: never.
+    trial_s
+        For how many seconds the first replica of new code starts alone.
     """
 
     def __init__(
@@ -64,9 +66,13 @@ class ControllerState:
         first_id: int = 1,
         max_failures: Callable[[int], int] = default_max_failures,
         spread_after_s: float | None = None,
+        trial_s: float = 0.0,
     ) -> None:
         self._shared = Shared(
-            ids=count(first_id), new_suffix=new_suffix, max_failures=max_failures
+            ids=count(first_id),
+            new_suffix=new_suffix,
+            max_failures=max_failures,
+            trial_s=trial_s,
         )
         self._tickets = count(1)
         self._live: dict[str, ManagedDeployment] = {}
@@ -331,7 +337,9 @@ class ControllerState:
             d, replica = found
             events.lost(d, [replica], reason, now, blame=True)
 
-    def worker_lost(self, worker: str, reason: str, *, now: float) -> None:
+    def worker_lost(
+        self, worker: str, reason: str, *, now: float, announced: bool = False
+    ) -> None:
         """Note that a worker is gone; needed if it may be back under its address.
 
         Parameters
@@ -342,11 +350,14 @@ class ControllerState:
             How, readable by users.
         now
             Time in seconds.
+        announced
+            Whether it was to leave: that is nobody's fault.
         """
         for d in self._all():
             there = [r for r in d.replicas.values() if r.worker == worker]
             if there:
-                events.lost(d, there, reason, now, blame=True)
+                blame = not announced
+                events.lost(d, there, reason, now, blame=blame, with_worker=True)
 
     def workers_silent(
         self, silent: Mapping[str, float], *, now: float
