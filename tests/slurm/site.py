@@ -126,12 +126,14 @@ class Site:
     def wait_for_replicas(self, count: int, timeout: float = 60) -> None:
         """Wait until so many run, each where it can stay."""
 
-        def settled() -> bool:
+        def states() -> list[tuple[str, str]]:
             replicas = serve.status().deployments["handler"].replicas
-            states = [(r.state, r.reason) for r in replicas]
-            return states == [("RUNNING", "")] * count
+            return [(r.state, r.reason) for r in replicas]
 
-        poll(settled, timeout, 0.2)
+        try:
+            poll(lambda: states() == [("RUNNING", "")] * count, timeout, 0.2)
+        except AssertionError:
+            raise AssertionError(f"after {timeout} s: {states()}") from None
 
     def logs(self) -> str:
         return f"{self.head.logs()}\n{self.slurm.logs()}"
