@@ -300,14 +300,14 @@ def _resources(value: object) -> dict[str, float]:
     return {key: float(amount) for key, amount in value.items()}
 
 
-def _unavailable(value: object) -> int | str:
+def _some_replicas(value: object) -> int | str:
     if _is_whole(value) and value >= 0:
         return int(value)
     if isinstance(value, str) and re.fullmatch(r"(100|[0-9]{1,2})%", value):
         return value
     raise ValueError(
         f"{value!r} is not allowed: give a number of replicas, 0 or more, or a part of "
-        "them, from '0%' to '100%'; or None for 1 where there is no room for one more"
+        "them, from '0%' to '100%'; or None for what its documentation says"
     )
 
 
@@ -354,6 +354,7 @@ def _affinity(value: object) -> dict[str, str]:
 
 
 Seconds = Annotated[float, PlainValidator(duration)]
+SomeReplicas = Annotated[int | str, PlainValidator(_some_replicas)]
 PositiveSeconds = Annotated[Seconds, AfterValidator(_positive)]
 ByteCount = Annotated[int, PlainValidator(_byte_count)]
 Text = Annotated[
@@ -745,6 +746,10 @@ class DeploymentOptions(_Options):
         take their places, if there is no room for one more beside them: a number, or a
         part such as ``"25%"``, rounded down, as in Kubernetes. None: 1 of two or more,
         and a single one stays until the new one runs.
+    max_surge
+        How many replicas more than ``num_replicas`` there may be then: a number, or a
+        part such as ``"25%"``, rounded up; those that end count. None: as many as have
+        room, so that all new ones start at once.
     session_affinity
         Where a request has the id of its session: ``{"header": name}``,
         ``{"cookie": name}`` or ``{"query": name}``. A session stays on its replica
@@ -801,9 +806,8 @@ class DeploymentOptions(_Options):
     max_queued_requests: Annotated[int, _whole_number(0)] | None = _configured(
         "deployment.max-queued-requests"
     )
-    max_unavailable: Annotated[int | str, PlainValidator(_unavailable)] | None = (
-        _configured("deployment.max-unavailable")
-    )
+    max_unavailable: SomeReplicas | None = _configured("deployment.max-unavailable")
+    max_surge: SomeReplicas | None = _configured("deployment.max-surge")
     session_affinity: Annotated[dict[str, str], PlainValidator(_affinity)] | None = None
     resources: Annotated[dict[str, float], PlainValidator(_resources)] | None = None
     workers: Annotated[tuple[str, ...], PlainValidator(_workers)] | None = None
@@ -899,6 +903,16 @@ class DeploymentOptions(_Options):
             raise ValueError(
                 f"num_replicas={self.num_replicas} and autoscaling_config: give one of "
                 "them; initial_replicas is how many there are to begin with"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_update(self) -> Self:
+        none = (0, "0%")
+        if self.max_surge in none and self.max_unavailable in none:
+            raise ValueError(
+                f"max_surge={self.max_surge!r} and max_unavailable="
+                f"{self.max_unavailable!r} let no update begin: one has to be more"
             )
         return self
 

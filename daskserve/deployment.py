@@ -342,6 +342,7 @@ class Deployment:
             max_queued_requests=options.max_queued_requests,
             session_affinity=options.session_affinity,
             max_unavailable=options.max_unavailable,
+            max_surge=options.max_surge,
             resources=options.resources or {},
             workers=options.workers or (),
             request_timeout_s=options.request_timeout_s,
@@ -418,10 +419,10 @@ def deployment(
         ``prev_version``, ``user_config``, ``max_ongoing_requests`` (100 in each
         replica), ``max_websockets`` (1000) and ``threads`` (1), likewise,
         ``max_queued_requests`` (1000), ``session_affinity`` (None; where the id of a
-        session is, such as ``{"cookie": "session"}``), ``max_unavailable`` (during
-        updates: None, a number or a part as ``"25%"``), ``resources`` and ``workers``
-        (as in Dask), ``request_timeout_s`` (default: the instance's),
-        ``deploy_timeout_s`` (300), ``graceful_shutdown_timeout_s`` (20),
+        session is, such as ``{"cookie": "session"}``), ``max_unavailable`` and
+        ``max_surge`` (during updates: None, a number or a part as ``"25%"``),
+        ``resources`` and ``workers`` (as in Dask), ``request_timeout_s`` (default: the
+        instance's), ``deploy_timeout_s`` (300), ``graceful_shutdown_timeout_s`` (20),
         ``graceful_shutdown_wait_loop_s`` (2), ``health_check_period_s`` (10),
         ``health_check_timeout_s`` (30), ``abandoned_call_timeout_s`` (600): see the
         notes. Times are seconds or strings such as ``"500ms"``.

@@ -468,6 +468,7 @@ def test_deployment_defaults() -> None:
         "threads": 1,
         "max_queued_requests": 1000,
         "max_unavailable": None,
+        "max_surge": None,
         "session_affinity": None,
         "resources": None,
         "workers": None,
@@ -516,6 +517,9 @@ def test_deployment_defaults() -> None:
         ("max_unavailable", np.int64(3), 3),
         ("max_unavailable", "0%", "0%"),
         ("max_unavailable", "100%", "100%"),
+        ("max_surge", None, None),
+        ("max_surge", 2, 2),
+        ("max_surge", "25%", "25%"),
         ("session_affinity", None, None),
         (
             "session_affinity",
@@ -591,6 +595,8 @@ def test_deployment_option(name: str, value: object, result: object) -> None:
         ("max_unavailable", "\u0663%"),
         ("max_unavailable", 0.5),
         ("max_unavailable", True),
+        ("max_surge", -1),
+        ("max_surge", "1"),
         ("max_queued_requests", -2),
         ("max_queued_requests", 1.5),
         ("max_queued_requests", True),
@@ -652,8 +658,18 @@ def test_options_that_were_pickled_when_there_were_fewer() -> None:
     assert found.replace(threads=2).threads == 2
 
 
+@pytest.mark.parametrize("surge", [0, "0%"])
+@pytest.mark.parametrize("unavailable", [0, "0%"])
+def test_an_update_can_begin(surge: int | str, unavailable: int | str) -> None:
+    with pytest.raises(ValueError, match="let no update begin"):
+        options(max_surge=surge, max_unavailable=unavailable)
+    assert options(max_surge=surge).max_unavailable is None
+    assert options(max_surge=surge, max_unavailable=1).max_surge == surge
+
+
 #: Options that are not in the state files of the first versions.
-NEW = ["threads", "abandoned_call_timeout_s", "max_websockets", "max_unavailable"]
+NEW = ["threads", "abandoned_call_timeout_s", "max_websockets"]
+NEW += ["max_unavailable", "max_surge"]
 
 
 def test_autoscaling_config_reads_back_as_given() -> None:

@@ -734,12 +734,17 @@ def test_resources_are_respected(instance: serve.ServeInstance) -> None:
     assert len(running("late")) == 1
 
 
-def test_an_update_without_room_takes_places_one_by_one(
-    instance: serve.ServeInstance, url: str
+@pytest.mark.parametrize(
+    "options",
+    [{"resources": {"chip": 2}}, {"max_surge": 0}, {"max_surge": 1}],
+    ids=["no room", "no surge", "surge"],
+)
+def test_an_update_takes_places_one_by_one(
+    instance: serve.ServeInstance, url: str, options: dict[str, Any]
 ) -> None:
-    """All resources are its own: one replica serves at any time, and none is lost."""
+    """All resources are its own, or so it is to be: some serve at any time."""
 
-    @serve.deployment(num_replicas=3, resources={"chip": 2}, route_prefix="/chips")
+    @serve.deployment(num_replicas=3, route_prefix="/chips", **options)
     class Chips:
         def __init__(self, version: str) -> None:
             self.version = version

@@ -1068,6 +1068,46 @@ def test_how_many_may_be_missing(
     assert rig.wait(1) == []
 
 
+@pytest.mark.parametrize(
+    ("number", "surge", "unavailable", "most", "least"),
+    [
+        (4, 1, None, 5, 4),
+        (4, "30%", 0, 6, 4),
+        (4, "30%", 1, 6, 3),
+        (3, 0, None, 3, 2),
+        (3, "0%", 2, 3, 1),
+        (1, 0, None, 1, 0),
+        (1, 1, None, 2, 1),
+        (4, "100%", None, 8, 4),
+    ],
+)
+def test_how_many_more_there_may_be(
+    number: int, surge: int | str, unavailable: int | None, most: int, least: int
+) -> None:
+    """Within these limits, and up to them, until all are new."""
+    rig = Rig(9)
+    old = rig.healthy(num_replicas=number)
+    options = {"max_surge": surge, "max_unavailable": unavailable}
+    ticket = rig.deploy(version="2", num_replicas=number, **options)
+    seen, serving = [], []
+    actions = rig.reconcile()
+    for _ in range(3 * number + 3):
+        seen.append(sum(bool(r["worker"]) for r in rig.status()["replicas"]))
+        serving.append(len(rig.routed()))
+        if Settle(ticket) in actions:
+            break
+        held = [r for r in rig.status()["replicas"] if r["state"] == "PENDING"]
+        assert all("max_surge" in r["reason"] for r in held)
+        starting = [n for n, state in rig.states().items() if state == "STARTING"]
+        for number_ in stopped(actions):
+            rig.state.replica_stopped(number_)
+        actions = rig.start(*starting[:1]) if starting else rig.wait(0.1)
+    assert Settle(ticket) in actions
+    assert max(seen) == most
+    assert min(serving) == least
+    assert not set(rig.routed()) & set(old)
+
+
 def test_old_replicas_stay_where_their_room_would_not_help() -> None:
     rig = gpu_rig(2)
     rig.join(view(3, gpus=2))

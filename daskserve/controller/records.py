@@ -80,6 +80,9 @@ class Spec:
     max_unavailable
         How many replicas fewer may serve during an update, or a part such as "25%".
         None: 1 of two or more.
+    max_surge
+        How many replicas more than wanted may run during an update, or a part. None: as
+        many as have room.
     """
 
     name: str
@@ -110,6 +113,7 @@ class Spec:
     session_affinity: Mapping[str, str] | None = None
     future_keys: tuple[Any, ...] = ()
     max_unavailable: int | str | None = None
+    max_surge: int | str | None = None
 
     @property
     def watch(self) -> Watch:

@@ -251,8 +251,9 @@ def _place_pending(d: ManagedDeployment, goal: Goal, this: Pass) -> int:
     ]
     if goal.in_progress and not _is_tried(d, goal, this.now):
         due = _first_alone(d, goal, due)
+    due, held = _within_surge(d, goal, due)
     if not due:
-        return 0
+        return held
     # Old code beside it does not count: it goes, and what is left should be spread.
     placed = [r for r in d.alive(goal) if r.worker]
     own = Counter(r.worker for r in placed)
@@ -271,11 +272,11 @@ def _place_pending(d: ManagedDeployment, goal: Goal, this: Pass) -> int:
         found = search.next()
         if isinstance(found, Unplaceable):
             # The others ask for the same, so they need not be tried.
-            return _note_unplaceable(d, due[number:], found)
+            return held + _note_unplaceable(d, due[number:], found)
         _start(d, goal, replica, this.views[found], this)
         own[found] += 1
         own_hosts[replica.host] += 1
-    return 0
+    return held
 
 
 def _is_tried(d: ManagedDeployment, goal: Goal, now: float) -> bool:
@@ -293,6 +294,29 @@ def _first_alone(d: ManagedDeployment, goal: Goal, due: list[Replica]) -> list[R
     for replica in later:
         replica.reason = "starts when the first one has, or a moment after it"
     return due[: len(due) - len(later)]
+
+
+def _within_surge(
+    d: ManagedDeployment, goal: Goal, due: list[Replica]
+) -> tuple[list[Replica], int]:
+    """Hold back what would be too much beside the old replicas; say how many."""
+    former, given = d.former, goal.spec.max_surge
+    if former is None or goal is not d.target or given is None:
+        return due, 0
+    wanted = goal.spec.num_replicas
+    there = sum(bool(r.worker) for r in d.replicas.values())
+    room = max(0, wanted + _part_of(wanted, given, up=True) - there)
+    for replica in due[room:]:
+        replica.reason = f"waits for an old replica to end: max_surge={given!r}"
+    return due[:room], len(due[room:])
+
+
+def _part_of(number: int, given: int | str, *, up: bool) -> int:
+    """Return a number of replicas, or a part of them such as "25%"."""
+    if not isinstance(given, str):
+        return given
+    hundredths = number * int(given.removesuffix("%"))
+    return -(-hundredths // 100) if up else hundredths // 100
 
 
 def _note_unplaceable(
@@ -315,10 +339,10 @@ def _note_unplaceable(
 def _may_be_missing(d: ManagedDeployment, former: Goal) -> int:
     """How many replicas fewer than before may serve while new code takes over."""
     given, before = d.target.spec.max_unavailable, former.spec.num_replicas
-    if isinstance(given, str):
-        return before * int(given.removesuffix("%")) // 100
     if given is not None:
-        return given
+        return _part_of(before, given, up=False)
+    if d.target.spec.max_surge in (0, "0%"):
+        return 1
     # Where one more has room, none needs to be missing.
     there = sum(bool(r.worker) for r in d.replicas.values())
     return int(before > 1 and there <= before)
