@@ -95,9 +95,9 @@ def test_an_update_that_uses_too_much_memory() -> None:
         with neighbour(client) as serving:
             before = serving()
             assert len(before) == 3
-            bad = serve.deployment(name="bad", version="1", num_replicas=2)(Good)
+            bad = serve.deployment(name="bad", version="1")(Good)
             bad.deploy()
-            update = serve.deployment(name="bad", version="2", num_replicas=2)
+            update = serve.deployment(name="bad", version="2")
             with pytest.raises(serve.ServeError, match="memory limit") as caught:
                 update(model(take_too_much)).deploy()
             assert "its former version '1' goes on serving" in str(caught.value)

@@ -874,7 +874,7 @@ def test_killed_worker_with_calls_in_it(site: Site) -> None:
 
 
 def test_constructor_that_ends_its_process(site: Site) -> None:
-    """It takes down the workers where it may run, and replicas elsewhere go on."""
+    """It takes down one of the workers where it may run; replicas elsewhere go on."""
 
     class Leaves:
         def __init__(self) -> None:
@@ -886,8 +886,8 @@ def test_constructor_that_ends_its_process(site: Site) -> None:
     with pytest.raises(serve.ServeError, match="left the cluster"):
         deployment.deploy()
     assert httpx.get(site.at(beside)).status_code == 200
-    deaths = serve.status().deployments[deployment.name].deaths
-    assert sorted(death.worker for death in deaths) == others
+    [death] = serve.status().deployments[deployment.name].deaths
+    assert death.worker in others
     for process in list(site.cluster.workers):  # they have ended as they should
         if process.poll() is not None:
             site.cluster.workers.remove(process)
