@@ -179,6 +179,8 @@ class ClientSession(Session):
         self._relayed: dict[str, float] = {}
         #: The connection on which snapshots come; None if none do.
         self._subscribed_on: Any = None
+        #: Whether the controller has ever answered.
+        self._answered = False
         #: HTTP servers on the transport loop, which end before it.
         self.servers: set[Server] = set()
 
@@ -273,7 +275,21 @@ class ClientSession(Session):
             logger.info("%s is reached by way of the scheduler: %s", address, error)
 
     async def _call_scheduler(self, op: str, message: dict[str, Any]) -> Any:
+        if not self._answered and not await self._is_known(op):
+            return None
         return await getattr(self.client.scheduler, op)(**message)
+
+    async def _is_known(self, op: str) -> bool:
+        """Ask whether there is an op: Dask logs a traceback where there is none."""
+
+        def has_daskserve(op: str, dask_scheduler: Any) -> bool:
+            return op in dask_scheduler.handlers
+
+        try:
+            known: bool = await self.client._run_on_scheduler(has_daskserve, op)
+        except Exception:  # it runs no functions, or cannot be reached
+            return True
+        return known
 
     def _start_dispatcher(self) -> Dispatcher:
         client = self.client
@@ -358,6 +374,7 @@ class ClientSession(Session):
         return -1 if dispatcher is None else dispatcher.version
 
     def _controller_answered(self) -> None:
+        self._answered = True
         client = self._client()
         if self._dispatcher is not None and client is not None:
             if self._subscribed_on is not client.scheduler_comm:

@@ -1293,6 +1293,21 @@ def test_no_instance(own: Client, call: Callable[[], object]) -> None:
         call()
 
 
+def test_no_instance_is_no_error_of_dask() -> None:
+    """A forgotten `start()` leaves no traceback in the scheduler's log."""
+    with ProcessCluster(1) as cluster, cluster.client():
+        for _ in range(2):
+            with pytest.raises(ServeNotRunningError):
+                serve.status()
+        assert "Traceback" not in cluster.logs()
+        serve.start(http_options={"location": None})
+        assert serve.status().deployments == {}
+        serve.shutdown()
+        with pytest.raises(ServeNotRunningError):
+            serve.status()
+        assert "Traceback" not in cluster.logs()
+
+
 def test_no_client() -> None:
     run_script(
         textwrap.dedent("""
