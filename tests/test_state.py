@@ -1303,6 +1303,16 @@ def test_workers_loss_counts_once(rig: Rig) -> None:
     assert rig.states()[13] == "PENDING"
 
 
+def test_code_that_runs_elsewhere_is_not_why_a_worker_is_lost(rig: Rig) -> None:
+    rig.healthy(num_replicas=1)
+    ticket = rig.deploy(num_replicas=2)
+    assert started(rig.reconcile()) == [2]
+    rig.state.replica_initializing(2, pid=1, now=rig.now)
+    assert rig.leave(2) == [ReleaseReplica(2)]
+    assert started(rig.wait(1)) == [3]
+    assert Settle(ticket) in rig.start(3)
+
+
 def test_worker_that_was_to_leave_is_nobodys_fault(rig: Rig) -> None:
     rig.deploy(num_replicas=1)
     rig.reconcile()

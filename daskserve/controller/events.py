@@ -151,12 +151,17 @@ def lost(
             young.append(replica)
         d.release(replica)
     for replica in blamed.values():
-        if with_worker and d.goal_of(replica) is d.target and d.target.tickets:
+        if with_worker and d.goal_of(replica) is d.target and _is_unproven(d):
             lost_worker(d, replica, reason)
         else:
             count_failure(d, replica, f"lost while its constructor ran: {reason}", now)
     for replica in young:
         relapse(d, replica, reason, now)
+
+
+def _is_unproven(d: ManagedDeployment) -> bool:
+    """Whether somebody waits for code of which nothing runs as yet."""
+    return bool(d.target.tickets) and not d.running(d.target)
 
 
 def _may_be_the_cause(replica: Replica, now: float) -> bool:
