@@ -605,6 +605,19 @@ def test_missing_workers() -> None:
     assert missing() <= 2
 
 
+def test_what_waits_for_its_turn_needs_no_workers() -> None:
+    rig = Rig(5, gpus=1, trial_s=1.0)
+    options = {"num_replicas": 4, "resources": {"GPU": 1}}
+    rig.deploy(**options)
+    rig.reconcile()
+    assert rig.state.missing_workers(rig.now, rig.views) == 0
+    rig.start(*rig.states())
+    rig.start(*rig.states())
+    rig.deploy(version="2", max_surge=1, **options)
+    rig.reconcile()
+    assert rig.state.missing_workers(rig.now, rig.views) == 0
+
+
 def test_missing_workers_of_an_empty_cluster() -> None:
     rig = Rig(0)
     rig.deploy()

@@ -53,6 +53,17 @@ class Good:
         return os.getpid()
 
 
+class Slow(Good):
+    def __init__(self) -> None:
+        time.sleep(3)
+
+
+def process() -> int | None:
+    """Return the process where `slow` is about to start."""
+    found = serve.status().deployments.get("slow")
+    return found.replicas[0].pid if found and found.replicas else None
+
+
 @contextmanager
 def neighbour(client: Client) -> Iterator[Callable[[], set[int]]]:
     """Deploy a replica on each worker; give what tells the processes that serve."""
@@ -107,24 +118,24 @@ def test_an_update_that_uses_too_much_memory() -> None:
             assert bad.get_handle().remote().result(timeout_s=20) > 0
 
 
+def test_a_restart_is_nobodys_fault() -> None:
+    """``client.restart()`` ends workers while constructors run there."""
+    with ProcessCluster(2) as cluster, cluster.client() as client:
+        serve.start(client, http_options={"location": "NoServer"})
+        deployment = serve.deployment(name="slow")(Slow)
+        with ThreadPoolExecutor(1) as pool:
+            deploying = pool.submit(deployment.deploy)
+            poll(process, 10)
+            client.restart()
+            deploying.result(timeout=60)
+        assert deployment.get_handle().remote().result(timeout_s=20) > 0
+
+
 def test_a_worker_that_was_told_to_leave_is_nobodys_fault() -> None:
     """The constructor that ran there is run elsewhere, and ``deploy()`` goes on."""
     with ProcessCluster(2, nanny=False) as cluster, cluster.client() as client:
         serve.start(client, http_options={"location": "NoServer"})
-
-        class Slow:
-            def __init__(self) -> None:
-                time.sleep(3)
-
-            def __call__(self) -> int:
-                return os.getpid()
-
         deployment = serve.deployment(name="slow")(Slow)
-
-        def process() -> int | None:
-            found = serve.status().deployments.get("slow")
-            return found.replicas[0].pid if found and found.replicas else None
-
         with ThreadPoolExecutor(1) as pool:
             deploying = pool.submit(deployment.deploy)
             pid = poll(process, 10)

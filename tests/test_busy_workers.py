@@ -157,6 +157,28 @@ def test_from_inside_a_task(client: Client) -> None:
     assert serve.get_deployment("inner").get_handle().remote().result(timeout_s=10) > 0
 
 
+def test_tasks_that_were_cancelled(client: Client, tmp_path: Path) -> None:
+    """They go on, and have the threads, though the scheduler has forgotten them."""
+
+    def hold(path: str) -> None:
+        deadline = time.monotonic() + LONG_S
+        while not os.path.exists(path) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    stop = tmp_path / "stop"
+    task = client.submit(hold, str(stop), pure=False)
+    poll(lambda: executing(client) == 1, 10)
+    task.cancel()
+    poll(lambda: not client.processing()[next(iter(scheduler_workers(client)))], 10)
+    try:
+        deployment = serve.deployment(name="model", deploy_timeout_s=10)
+        model = deployment(counted(tmp_path / "notes"))
+        model.deploy()
+        assert model.get_handle().remote().result(timeout_s=10) > 0
+    finally:
+        stop.touch()
+
+
 def test_replacement(tmp_path: Path) -> None:
     """A replica whose worker was killed is back while tasks run everywhere."""
     with ProcessCluster(3, nanny=False) as cluster, cluster.client() as client:

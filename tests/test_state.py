@@ -18,7 +18,7 @@ from daskserve.controller.actions import (
     StartReplica,
     StopReplica,
 )
-from daskserve.controller.placement import WorkerView
+from daskserve.controller.placement import Leaving, WorkerView
 from daskserve.controller.records import PYTHON, Spec, last_line
 from daskserve.controller.state import ControllerState, default_max_failures
 from daskserve.exceptions import EnvironmentMismatchError
@@ -1108,6 +1108,60 @@ def test_how_many_more_there_may_be(
     assert not set(rig.routed()) & set(old)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "options", "changes"),
+    [
+        (4, 2, {"max_surge": 1}, {}),
+        (4, 1, {"max_surge": "25%"}, {}),
+        (3, 3, {"max_surge": 0, "max_unavailable": "25%"}, {}),
+        (3, 3, {"max_surge": 1}, {"workers": ("w4", "w5", "w6")}),
+        (1, 1, {"max_surge": 0}, {"workers": ("w4",)}),
+    ],
+    ids=["fewer", "much fewer", "nothing by rounding", "elsewhere", "one elsewhere"],
+)
+def test_an_update_with_max_surge_ends(
+    old: int, new: int, options: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    rig = Rig(6)
+    rig.healthy(num_replicas=old, workers=("w1", "w2", "w3"))
+    ticket = rig.deploy(version="2", num_replicas=new, **options, **changes)
+    assert settles(rig, ticket)
+    assert len(rig.routed()) == new
+
+
+@pytest.mark.parametrize("surge", [0, 1])
+def test_an_update_with_max_surge_while_an_old_one_leaves(surge: int) -> None:
+    rig = Rig(4)
+    rig.healthy(num_replicas=4)
+    why = Leaving(reason="is retired", since=rig.now, deadline=rig.now + 300)
+    rig.join(replace(view(1), leaving=why))
+    ticket = rig.deploy(version="2", num_replicas=4, max_surge=surge)
+    assert settles(rig, ticket)
+
+
+def settles(rig: Rig, ticket: int) -> bool:
+    """Let what is asked for happen, until a deploy is done or 60 s are over."""
+    actions = rig.reconcile()
+    for _ in range(600):
+        if Settle(ticket) in actions:
+            return True
+        starting = [n for n, state in rig.states().items() if state == "STARTING"]
+        for number in stopped(actions):
+            rig.state.replica_stopped(number)
+        actions = rig.start(*starting[:1]) if starting else rig.wait(0.1)
+    return False
+
+
+def test_max_surge_counts_what_takes_the_place_of_a_lost_one() -> None:
+    rig = Rig(9)
+    rig.healthy(num_replicas=4)
+    rig.deploy(version="2", num_replicas=4, max_surge=1)
+    assert started(rig.reconcile()) == [5]
+    rig.state.replica_lost(1, "it ended", now=rig.now)
+    assert len(started(rig.wait(1))) == 1
+    assert sum(bool(r["worker"]) for r in rig.status()["replicas"]) == 5
+
+
 def test_old_replicas_stay_where_their_room_would_not_help() -> None:
     rig = gpu_rig(2)
     rig.join(view(3, gpus=2))
@@ -1328,6 +1382,9 @@ def test_first_replica_of_new_code_starts_alone() -> None:
     assert {r["reason"] for r in rig.status()["replicas"][1:]} == {
         "starts when the first one has, or a moment after it"
     }
+    # Its time begins with its constructor.
+    assert started(rig.wait(2)) == []
+    rig.state.replica_initializing(1, pid=1, now=rig.now)
     assert started(rig.wait(0.9)) == []
     assert started(rig.wait(0.1)) == [2, 3]
     assert Settle(ticket) in rig.start(1, 2, 3)

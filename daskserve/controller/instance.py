@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 #: How long `start` waits for the plugins of the workers that are there.
 HELLO_TIMEOUT_S = 10.0
+#: How long ``client.restart()`` may take to close workers.
+_RESTART_S = 15.0
 
 
 class Instance:
@@ -97,6 +99,8 @@ class Instance:
         self._launcher = Launcher(scheduler, self._replica_failed, self._start_ahead)
         #: Workers that their nannies end, and the bytes that they use.
         self._over_memory: dict[str, int] = {}
+        #: Workers that ``client.restart()`` closes, and until when that may take.
+        self._restarting: dict[str, float] = {}
         self._policies = Policies()
         self._health = HealthBoard()
         self._files = FileWatch(f"the scheduler {scheduler.address}")
@@ -319,7 +323,8 @@ class Instance:
 
     def worker_over_memory(self, worker: str, used: int) -> None:
         """Note that a nanny ends a worker because it uses too much memory, in bytes."""
-        self._over_memory[worker] = used
+        if worker in self._scheduler.workers:
+            self._over_memory[worker] = used
 
     def is_over_memory(self, worker: str) -> bool:
         """Whether a worker's nanny ends it, and will not wait."""
@@ -328,7 +333,9 @@ class Instance:
     def worker_removed(self, worker: str) -> None:
         """Replace what was on a worker that has gone."""
         now, used = time.monotonic(), self._over_memory.pop(worker, None)
-        announced = used is None and self.leaving.get(worker, now) is not None
+        restarts = self._restarting.pop(worker, now) > now
+        leaves = restarts or self.leaving.get(worker, now) is not None
+        announced = used is None and leaves
         self.publisher.worker_lost(worker)
         self.leaving.gone(worker)
         self._health.forget(worker)
@@ -343,9 +350,11 @@ class Instance:
 
     def restarted(self) -> None:
         """Replace everything: ``client.restart()`` has cancelled all actors."""
+        now = time.monotonic()
+        self._restarting = dict.fromkeys(self._scheduler.workers, now + _RESTART_S)
         self._launcher.forget_all()
         reason = "the cluster was restarted (client.restart)"
-        self._state.all_lost(reason, now=time.monotonic())
+        self._state.all_lost(reason, now=now)
         self._wake.set()
 
     def key_left_memory(self, key: Any) -> None:
@@ -587,7 +596,8 @@ class Instance:
                 resources=dict(ws.resources),
                 accepting=ws.status == Status.running
                 and self.publisher.has(address)
-                and address not in self._health.silent,
+                and address not in self._health.silent
+                and self._restarting.get(address, now) <= now,
                 leaving=leaving.get(address, now),
                 lasts=leaving.lasts(address, now),
             )

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 PRIORITY = 1_000_000
 #: How long an actor waits, in seconds, until it is looked whether it has a thread.
 PATIENCE_S = 0.5
+#: What is smaller, in bytes, is not still on its way then, and may as well go twice.
+SMALL = 1_000_000
 #: What the keys of our actors begin with.
 KEY_PREFIX = "daskserve-"
 
@@ -203,7 +205,8 @@ class Launcher:
             with contextlib.suppress(TimeoutError):
                 await wait([future], timeout=PATIENCE_S)
                 return
-            if self._is_busy(worker, waiting=1):
+            # Cancelled tasks go on, but the scheduler knows nothing of them any more.
+            if len(spec.code) + len(spec.init) < SMALL or self._is_busy(worker, 1):
                 self._start(worker, spec.replica_id, pickle.dumps(spec))
                 break
         await wait([future])

@@ -275,6 +275,8 @@ class Replica:
     direct: list[Any] | None = None
     #: How many requests to send it before it has said more; None: as many as may be.
     first_limit: int | None = None
+    #: Whether it is not to have a worker yet, though there may be one.
+    held: bool = False
     #: Whether its constructor has begun.
     initializing: bool = False
     #: Whether it has not yet answered to its last ``ReconfigureReplica``.

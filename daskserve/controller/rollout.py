@@ -27,6 +27,9 @@ from daskserve.controller.placement import (
 from daskserve.controller.records import Goal, Replica, ReplicaState
 from daskserve.controller.spreading import end_moves
 
+#: How many times as long as its trial a replica may take until its constructor begins.
+TRIAL_MOST = 5
+
 
 @dataclass(kw_only=True)
 class Pass:
@@ -117,7 +120,7 @@ def _give_up_draining(
         if replica.state != ReplicaState.STOPPING:
             continue
         view = views.get(replica.worker)
-        if d.deleting or (view is not None and view.leaving):
+        if d.deleting or d.former or (view is not None and view.leaving):
             # One that had no need to hurry has now.
             if replica.spreads:
                 replica.spreads = False
@@ -171,9 +174,12 @@ def advance(d: ManagedDeployment, this: Pass) -> None:
         for _ in range(goal.spec.num_replicas - len(d.alive(goal))):
             d.add(goal, this.now)
     for goal in goals:
-        crowded = _place_pending(d, goal, this)
-        if former is not None and crowded and goal is d.target:
-            _make_room(d, former, crowded, this)
+        crowded, held = _place_pending(d, goal, this)
+        if former is not None and goal is d.target:
+            if crowded:
+                _make_room(d, former, crowded, this)
+            if held:
+                _take_turns(d, former, held, this)
     health.watch(d)
     d.at_rest = _is_in_order(d)
     d.routing = None
@@ -236,24 +242,27 @@ def _reconfigure(d: ManagedDeployment, goal: Goal, now: float) -> None:
             )
 
 
-def _place_pending(d: ManagedDeployment, goal: Goal, this: Pass) -> int:
+def _place_pending(d: ManagedDeployment, goal: Goal, this: Pass) -> tuple[int, int]:
     """Send pending replicas to workers.
 
     Returns
     -------
-    int
-        How many found no room because replicas of this very deployment have it.
+    int, int
+        How many found no room because replicas of this very deployment have it, and how
+        many are held back by ``max_surge``.
     """
     due = [
         r
         for r in d.alive(goal)
         if r.state == ReplicaState.PENDING and r.not_before <= this.now
     ]
+    for replica in due:
+        replica.held = False
     if goal.in_progress and not _is_tried(d, goal, this.now):
         due = _first_alone(d, goal, due)
     due, held = _within_surge(d, goal, due)
     if not due:
-        return held
+        return 0, held
     # Old code beside it does not count: it goes, and what is left should be spread.
     placed = [r for r in d.alive(goal) if r.worker]
     own = Counter(r.worker for r in placed)
@@ -272,11 +281,11 @@ def _place_pending(d: ManagedDeployment, goal: Goal, this: Pass) -> int:
         found = search.next()
         if isinstance(found, Unplaceable):
             # The others ask for the same, so they need not be tried.
-            return held + _note_unplaceable(d, due[number:], found)
+            return _note_unplaceable(d, due[number:], found), held
         _start(d, goal, replica, this.views[found], this)
         own[found] += 1
         own_hosts[replica.host] += 1
-    return held
+    return 0, held
 
 
 def _is_tried(d: ManagedDeployment, goal: Goal, now: float) -> bool:
@@ -284,7 +293,10 @@ def _is_tried(d: ManagedDeployment, goal: Goal, now: float) -> bool:
     trial_s = d.shared.trial_s
     return not trial_s or any(
         r.state == ReplicaState.RUNNING
-        or (r.state == ReplicaState.STARTING and now - r.since >= trial_s)
+        or (
+            r.state == ReplicaState.STARTING
+            and now - r.since >= (trial_s if r.initializing else TRIAL_MOST * trial_s)
+        )
         for r in d.alive(goal)
     )
 
@@ -292,6 +304,7 @@ def _is_tried(d: ManagedDeployment, goal: Goal, now: float) -> bool:
 def _first_alone(d: ManagedDeployment, goal: Goal, due: list[Replica]) -> list[Replica]:
     later = due if any(r.worker for r in d.alive(goal)) else due[1:]
     for replica in later:
+        replica.held = True
         replica.reason = "starts when the first one has, or a moment after it"
     return due[: len(due) - len(later)]
 
@@ -304,9 +317,12 @@ def _within_surge(
     if former is None or goal is not d.target or given is None:
         return due, 0
     wanted = goal.spec.num_replicas
-    there = sum(bool(r.worker) for r in d.replicas.values())
+    # Those that take the places of lost old ones, as long as they do, will be there.
+    kept = former.generation if former in d.upkeep() else None
+    there = sum(r.worker != "" or r.generation == kept for r in d.replicas.values())
     room = max(0, wanted + _part_of(wanted, given, up=True) - there)
     for replica in due[room:]:
+        replica.held = True
         replica.reason = f"waits for an old replica to end: max_surge={given!r}"
     return due[:room], len(due[room:])
 
@@ -337,12 +353,13 @@ def _note_unplaceable(
 
 
 def _may_be_missing(d: ManagedDeployment, former: Goal) -> int:
-    """How many replicas fewer than before may serve while new code takes over."""
+    """How many replicas fewer may serve while new code takes over."""
     given, before = d.target.spec.max_unavailable, former.spec.num_replicas
+    surge = d.target.spec.max_surge
+    if surge is not None and not _part_of(before, surge, up=True):
+        return max(1, _part_of(before, given or 0, up=False))
     if given is not None:
         return _part_of(before, given, up=False)
-    if d.target.spec.max_surge in (0, "0%"):
-        return 1
     # Where one more has room, none needs to be missing.
     there = sum(bool(r.worker) for r in d.replicas.values())
     return int(before > 1 and there <= before)
@@ -371,13 +388,38 @@ def _start(
     )
 
 
-def _make_room(d: ManagedDeployment, former: Goal, crowded: int, this: Pass) -> None:
-    """Let old replicas give way to new ones, one for one.
+def _most_that_may_go(d: ManagedDeployment, former: Goal, serving: int) -> int:
+    """How many old replicas may end if `serving` are to, but for what may be missing.
 
-    Not below the old number, counting both, but for what may be missing; and the last
-    old one only to the last new one, since more of them might find no room ever, and
-    the deployment would have nothing left to go back to.
+    The last old one goes only to the last new one: more of them might find no room
+    ever, and the deployment would have nothing left to go back to.
     """
+    old, new = d.running(former), d.running(d.target)
+    spare = len(old) + len(new) + _may_be_missing(d, former)
+    missing = d.target.spec.num_replicas - d.ready(d.target)
+    return min(spare - serving, len(old) - (missing > 1))
+
+
+def _take_turns(d: ManagedDeployment, former: Goal, held: int, this: Pass) -> None:
+    """Let old replicas end so that those come that ``max_surge`` holds back."""
+    olds = [r for r in d.replicas.values() if r.generation == former.generation]
+    idle = [r for r in d.alive(former) if r.state != ReplicaState.RUNNING]
+    going = sum(r.state == ReplicaState.STOPPING for r in olds)
+    serving = min(former.spec.num_replicas, d.target.spec.num_replicas)
+    most = _most_that_may_go(d, former, serving)
+    number = min(held - going - len(idle), most)
+    # Those first that have to go anyway, then the newest.
+    ranks = sorted(d.running(former), key=lambda r: (not r.outgoing, -r.replica_id))
+    leaving = ranks[: max(0, number)]
+    if leaving or (idle and d.running(d.target)):
+        d.target.rolling = True
+        for replica in leaving:
+            d.stop(replica, this.now)
+        _stop_unwanted(d, d.upkeep(), this.now)
+
+
+def _make_room(d: ManagedDeployment, former: Goal, crowded: int, this: Pass) -> None:
+    """Let old replicas give way to new ones that have no room, one for one."""
     old, new = d.running(former), d.running(d.target)
     missing_too = _may_be_missing(d, former)
     if not new and not missing_too:
@@ -385,11 +427,7 @@ def _make_room(d: ManagedDeployment, former: Goal, crowded: int, this: Pass) -> 
     there = Counter(
         r.worker for r in d.replicas.values() if r.generation == former.generation
     )
-    missing = d.target.spec.num_replicas - d.ready(d.target)
-    limit = min(
-        len(old) + len(new) + missing_too - former.spec.num_replicas,
-        len(old) - (missing > 1),
-    )
+    limit = _most_that_may_go(d, former, former.spec.num_replicas)
     # What those that may go give back, and those that serve nobody as yet or any more.
     stays = Counter(r.worker for r in old)
     back = {w: n - max(0, stays[w] - max(0, limit)) for w, n in there.items()}

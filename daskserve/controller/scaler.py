@@ -147,7 +147,7 @@ def missing_workers(
         for goal in d.upkeep():
             spec = goal.spec
             homeless = sum(
-                r.state == ReplicaState.PENDING and r.not_before <= now
+                r.state == ReplicaState.PENDING and r.not_before <= now and not r.held
                 for r in d.alive(goal)
             )
             if not homeless or spec.workers:
