@@ -1139,6 +1139,15 @@ def test_an_update_with_max_surge_while_an_old_one_leaves(surge: int) -> None:
     assert settles(rig, ticket)
 
 
+def test_old_replicas_that_do_not_run_hold_up_no_update() -> None:
+    rig = Rig(2)
+    rig.healthy(num_replicas=1)
+    rig.state.replica_lost(1, "it ended", now=rig.now)
+    rig.reconcile()
+    ticket = rig.deploy(version="2", num_replicas=1, max_surge=0)
+    assert settles(rig, ticket)
+
+
 def settles(rig: Rig, ticket: int) -> bool:
     """Let what is asked for happen, until a deploy is done or 60 s are over."""
     actions = rig.reconcile()

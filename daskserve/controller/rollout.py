@@ -389,15 +389,14 @@ def _start(
 
 
 def _most_that_may_go(d: ManagedDeployment, former: Goal, serving: int) -> int:
-    """How many old replicas may end if `serving` are to, but for what may be missing.
+    """How many old replicas may end if `serving` are to be left, old and new.
 
     The last old one goes only to the last new one: more of them might find no room
     ever, and the deployment would have nothing left to go back to.
     """
     old, new = d.running(former), d.running(d.target)
-    spare = len(old) + len(new) + _may_be_missing(d, former)
     missing = d.target.spec.num_replicas - d.ready(d.target)
-    return min(spare - serving, len(old) - (missing > 1))
+    return min(len(old) + len(new) - serving, len(old) - (missing > 1))
 
 
 def _take_turns(d: ManagedDeployment, former: Goal, held: int, this: Pass) -> None:
@@ -405,13 +404,16 @@ def _take_turns(d: ManagedDeployment, former: Goal, held: int, this: Pass) -> No
     olds = [r for r in d.replicas.values() if r.generation == former.generation]
     idle = [r for r in d.alive(former) if r.state != ReplicaState.RUNNING]
     going = sum(r.state == ReplicaState.STOPPING for r in olds)
-    serving = min(former.spec.num_replicas, d.target.spec.num_replicas)
+    spec = d.target.spec
+    serving = min(former.spec.num_replicas, spec.num_replicas)
+    if spec.max_unavailable is not None or spec.max_surge in (0, "0%"):
+        serving -= _may_be_missing(d, former)
     most = _most_that_may_go(d, former, serving)
     number = min(held - going - len(idle), most)
     # Those first that have to go anyway, then the newest.
     ranks = sorted(d.running(former), key=lambda r: (not r.outgoing, -r.replica_id))
     leaving = ranks[: max(0, number)]
-    if leaving or (idle and d.running(d.target)):
+    if leaving or (idle and held > going):
         d.target.rolling = True
         for replica in leaving:
             d.stop(replica, this.now)
@@ -427,7 +429,7 @@ def _make_room(d: ManagedDeployment, former: Goal, crowded: int, this: Pass) -> 
     there = Counter(
         r.worker for r in d.replicas.values() if r.generation == former.generation
     )
-    limit = _most_that_may_go(d, former, former.spec.num_replicas)
+    limit = _most_that_may_go(d, former, former.spec.num_replicas - missing_too)
     # What those that may go give back, and those that serve nobody as yet or any more.
     stays = Counter(r.worker for r in old)
     back = {w: n - max(0, stays[w] - max(0, limit)) for w, n in there.items()}
