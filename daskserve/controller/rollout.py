@@ -413,7 +413,7 @@ def _take_turns(d: ManagedDeployment, former: Goal, held: int, this: Pass) -> No
     # Those first that have to go anyway, then the newest.
     ranks = sorted(d.running(former), key=lambda r: (not r.outgoing, -r.replica_id))
     leaving = ranks[: max(0, number)]
-    if leaving or (idle and held > going):
+    if leaving or (idle and not ranks and held > going):
         d.target.rolling = True
         for replica in leaving:
             d.stop(replica, this.now)
