@@ -178,8 +178,8 @@ def advance(d: ManagedDeployment, this: Pass) -> None:
         if former is not None and goal is d.target:
             if crowded:
                 _make_room(d, former, crowded, this)
-            if held:
-                _take_turns(d, former, held, this)
+            if held and _take_turns(d, former, held, this):
+                _place_pending(d, goal, this)
     health.watch(d)
     d.at_rest = _is_in_order(d)
     d.routing = None
@@ -399,8 +399,14 @@ def _most_that_may_go(d: ManagedDeployment, former: Goal, serving: int) -> int:
     return min(len(old) + len(new) - serving, len(old) - (missing > 1))
 
 
-def _take_turns(d: ManagedDeployment, former: Goal, held: int, this: Pass) -> None:
-    """Let old replicas end so that those come that ``max_surge`` holds back."""
+def _take_turns(d: ManagedDeployment, former: Goal, held: int, this: Pass) -> bool:
+    """Let old replicas end so that those come that ``max_surge`` holds back.
+
+    Returns
+    -------
+    bool
+        Whether any do: those that had no worker are gone at once.
+    """
     olds = [r for r in d.replicas.values() if r.generation == former.generation]
     idle = [r for r in d.alive(former) if r.state != ReplicaState.RUNNING]
     going = sum(r.state == ReplicaState.STOPPING for r in olds)
@@ -413,11 +419,14 @@ def _take_turns(d: ManagedDeployment, former: Goal, held: int, this: Pass) -> No
     # Those first that have to go anyway, then the newest.
     ranks = sorted(d.running(former), key=lambda r: (not r.outgoing, -r.replica_id))
     leaving = ranks[: max(0, number)]
-    if leaving or (idle and not ranks and held > going):
-        d.target.rolling = True
-        for replica in leaving:
-            d.stop(replica, this.now)
-        _stop_unwanted(d, d.upkeep(), this.now)
+    replaceable = idle and held > going and (d.running(d.target) or not ranks)
+    if not leaving and not replaceable:
+        return False
+    d.target.rolling = True
+    for replica in leaving:
+        d.stop(replica, this.now)
+    _stop_unwanted(d, d.upkeep(), this.now)
+    return True
 
 
 def _make_room(d: ManagedDeployment, former: Goal, crowded: int, this: Pass) -> None:
