@@ -15,7 +15,7 @@ import pytest
 
 import daskserve as serve
 from tests.test_http import Site, open_site
-from tests.utils import poll
+from tests.utils import ProcessCluster, poll
 
 pytestmark = pytest.mark.slow
 
@@ -260,3 +260,23 @@ def test_futures_among_what_is_bound(site: Site) -> None:
     found = serve.get_deployment(f"bound:{Weighted.__name__}")
     found.options(num_replicas=2).deploy()  # with the arguments that it has
     serve.delete("bound")
+
+
+def test_clients_of_a_cluster_with_tls() -> None:
+    """Workers from a command line have a worker's certificate only."""
+
+    class Ask:
+        async def both(self) -> tuple[int, int]:
+            client = await serve.get_client()
+            return await client.submit(square, 3), await asyncio.to_thread(self.sync)
+
+        def sync(self) -> int:
+            return int(distributed.get_client().submit(square, 4).result())
+
+    with ProcessCluster(1, protocol="tls") as cluster, cluster.client() as client:
+        serve.start(client, http_options={"location": None})
+        ask = serve.deployment(name="ask")(Ask)
+        ask.deploy()
+        handle = ask.get_handle()
+        assert handle.both.remote().result(timeout_s=20) == (9, 16)
+        serve.shutdown()

@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from distributed import Client, Future, Scheduler, wait
-from distributed.security import Security
 
 from daskserve.controller.actions import StartReplica
 from daskserve.replica.actor import Replica, ReplicaSpec
+from daskserve.transport.security import client_security
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Launcher:
             asynchronous=True,
             set_as_default=False,
             name="daskserve-controller",
-            security=_client_security(self._scheduler),
+            security=client_security(self._scheduler.security, "scheduler"),
         )
 
     async def close(self) -> None:
@@ -210,22 +210,3 @@ class Launcher:
                 self._start(worker, spec.replica_id, pickle.dumps(spec))
                 break
         await wait([future])
-
-
-def _client_security(scheduler: Scheduler) -> Security:
-    """Return a `Security` with which a client in the scheduler's process can connect.
-
-    A scheduler that was started from the command line has the certificate of its own
-    role only; it serves as a client's as well.
-    """
-    security: Security = scheduler.security
-    tls = security.get_tls_config_for_role("scheduler")
-    if tls.get("cert") is None:
-        return security
-    return Security(
-        require_encryption=security.require_encryption,
-        tls_ca_file=tls["ca_file"],
-        tls_client_cert=tls["cert"],
-        tls_client_key=tls["key"],
-        tls_ciphers=tls["ciphers"],
-    )

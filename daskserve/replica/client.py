@@ -17,6 +17,7 @@ from distributed import Client, Future, futures_of
 
 from daskserve.exceptions import ServeError
 from daskserve.replica.context import current_replica
+from daskserve.transport.security import client_security
 
 #: How long one may take to close.
 CLOSE_TIMEOUT_S = 2.0
@@ -162,7 +163,7 @@ class ReplicaClients:
         worker, make = self._worker, cast(Any, RequestClient)
         client: RequestClient = make(
             worker.scheduler.address,
-            security=worker.security,
+            security=client_security(worker.security, "worker"),
             direct_to_workers=True,
             set_as_default=False,
             name="daskserve-replica",
