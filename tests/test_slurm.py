@@ -34,7 +34,7 @@ def test_one_of_two_jobs_ends(ending: type[Ending], nanny: bool, track: Track) -
 def test_all_jobs_end_at_once(location: str) -> None:
     load, absence = run(Scancel, count=3, location=location)
     assert load.lost == [], load
-    # A worker that the scheduler knows has to import daskserve yet, as all three at once.
+    # A worker that the scheduler knows has yet to import daskserve, three at once.
     assert load.longest_wait_s < absence.of_workers_s + 3 + 3, (load, absence)
 
 
