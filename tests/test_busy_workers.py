@@ -21,7 +21,6 @@ pytestmark = pytest.mark.slow
 
 #: Longer than any test waits for a replica.
 LONG_S = 600
-OURS = "daskserve-"
 
 
 @contextmanager

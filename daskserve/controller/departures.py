@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 LOOK_S = 0.03
 #: Beyond the deadline, until what was told to stop has done so.
 MARGIN_S = 1.0
-#: How long workers that close are let go at once after ``client.restart()``.
-RESTART_S = 15.0
 #: For requests in progress when a cluster closes all its workers.
 CLUSTER_CLOSE_S = 3.0
 #: How `Worker.close_gracefully` begins its stimulus; it is what ``--lifetime`` calls.
@@ -61,9 +59,6 @@ class Departures:
         self._shutdown = shutdown
         self._retire = scheduler.retire_workers
         self._target = scheduler.adaptive_target
-        self._restarted_at = float("-inf")
-        #: The workers that were there, and so are to close.
-        self._restarting: set[str] = set()
         scheduler.handlers["retire_workers"] = self.retire_workers
         scheduler.handlers["adaptive_target"] = self.adaptive_target
         scheduler.handlers[OP_LEAVE] = self.leave
@@ -136,10 +131,9 @@ class Departures:
             How long requests in its replicas may take, by the replica's number.
         """
         instance, now = self._instance(), time.monotonic()
-        restarts = worker in self._restarting and now < self._restarted_at + RESTART_S
-        if instance is None or worker not in self._scheduler.workers or restarts:
+        if instance is None or worker not in self._scheduler.workers:
             return {"status": "OK"}
-        if instance.is_over_memory(worker):
+        if instance.is_ended(worker, now):
             return {"status": "OK"}
         if not threading.main_thread().is_alive():
             # A script has ended and its own cluster with it. Nothing can move: Dask's
@@ -179,11 +173,6 @@ class Departures:
         finally:
             for worker in workers:
                 instance.leaving.let_be(worker, time.monotonic())
-
-    def restarted(self) -> None:
-        """Note that all workers are restarted: nothing can move anywhere."""
-        self._restarted_at = time.monotonic()
-        self._restarting = set(self._scheduler.workers)
 
     def spare(self, workers: list[WorkerState]) -> list[WorkerState]:
         """Choose the workers that ``adapt()`` may close; Dask asks."""

@@ -326,9 +326,9 @@ class Instance:
         if worker in self._scheduler.workers:
             self._over_memory[worker] = used
 
-    def is_over_memory(self, worker: str) -> bool:
-        """Whether a worker's nanny ends it, and will not wait."""
-        return worker in self._over_memory
+    def is_ended(self, worker: str, now: float) -> bool:
+        """Whether somebody ends a worker who will not wait: its nanny, or a restart."""
+        return worker in self._over_memory or self._restarting.get(worker, now) > now
 
     def worker_removed(self, worker: str) -> None:
         """Replace what was on a worker that has gone."""
@@ -597,7 +597,7 @@ class Instance:
                 accepting=ws.status == Status.running
                 and self.publisher.has(address)
                 and address not in self._health.silent
-                and self._restarting.get(address, now) <= now,
+                and not self.is_ended(address, now),
                 leaving=leaving.get(address, now),
                 lasts=leaving.lasts(address, now),
             )

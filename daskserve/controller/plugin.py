@@ -211,8 +211,6 @@ class ServeController(SchedulerPlugin):
 
     def restart(self, scheduler: Scheduler) -> None:
         """Replace everything: all actors are gone."""
-        if self._departures is not None:
-            self._departures.restarted()
         if self._instance is not None:
             self._instance.restarted()
 

@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 
 from daskserve.controller.placement import WorkerView
 
-#: How long a server on a worker that leaves needs at most to be rid of its clients, and
-#: how long beyond what requests in its worker's replicas take.
+#: How long a server on a worker that leaves needs at most to be rid of its clients.
 DRAIN_S = 5.0
+#: And how much longer than requests in its worker's replicas take.
 _SPARE_S = 1.0
 
 #: Stands for a server in a thread of its own in the scheduler process.

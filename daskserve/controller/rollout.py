@@ -120,11 +120,10 @@ def _give_up_draining(
         if replica.state != ReplicaState.STOPPING:
             continue
         view = views.get(replica.worker)
-        if d.deleting or d.former or (view is not None and view.leaving):
-            # One that had no need to hurry has now.
-            if replica.spreads:
-                replica.spreads = False
-                d.stop(replica, now)
+        hurries = d.deleting or d.former or (view is not None and view.leaving)
+        if replica.spreads and hurries:
+            replica.spreads = False
+            d.stop(replica, now)
         if now >= replica.stop_deadline:
             d.release(replica)
 
@@ -352,11 +351,16 @@ def _note_unplaceable(
     return len(replicas) if mine else 0
 
 
+def _has_no_surge(d: ManagedDeployment) -> bool:
+    spec = d.target.spec
+    surge = spec.max_surge
+    return surge is not None and not _part_of(spec.num_replicas, surge, up=True)
+
+
 def _may_be_missing(d: ManagedDeployment, former: Goal) -> int:
     """How many replicas fewer may serve while new code takes over."""
     given, before = d.target.spec.max_unavailable, former.spec.num_replicas
-    surge = d.target.spec.max_surge
-    if surge is not None and not _part_of(before, surge, up=True):
+    if _has_no_surge(d):
         return max(1, _part_of(before, given or 0, up=False))
     if given is not None:
         return _part_of(before, given, up=False)
@@ -412,7 +416,7 @@ def _take_turns(d: ManagedDeployment, former: Goal, held: int, this: Pass) -> bo
     going = sum(r.state == ReplicaState.STOPPING for r in olds)
     spec = d.target.spec
     serving = min(former.spec.num_replicas, spec.num_replicas)
-    if spec.max_unavailable is not None or spec.max_surge in (0, "0%"):
+    if spec.max_unavailable is not None or _has_no_surge(d):
         serving -= _may_be_missing(d, former)
     most = _most_that_may_go(d, former, serving)
     number = min(held - going - len(idle), most)
